@@ -1,0 +1,42 @@
+# make setup: the environment alone; make test, make demo, make demo-cifar: each makes it first when it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# One thread a process: small networks gain nothing from more, and tests and demos run side by side.
+ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: setup test test-all test-oldest demo demo-cifar readme
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+test: setup
+	$(ONE) $(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: setup
+	$(ONE) $(BIN)/python -m pytest -n auto
+
+# The oldest torch that requirements.txt admits, in an environment of its own.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
+	$(ONE) .venv-oldest/bin/python -m pytest -n auto -m "not slow"
+
+.venv-oldest/.oldest: requirements.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/torch>=2.6/torch==2.6.0/; s/torchvision>=0.21/torchvision==0.21.0/' requirements.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/requirements.txt
+	touch $@
+
+demo: setup
+	$(ONE) $(BIN)/python -m experiments.demo digits
+
+demo-cifar: setup
+	$(ONE) $(BIN)/python -m experiments.demo cifar
+
+readme: setup
+	$(BIN)/python -m experiments.render

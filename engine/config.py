@@ -1,0 +1,204 @@
+"""The flags of every training script, as a dataclass: what a script adds to it is its method's own."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from engine.errors import Misuse
+from engine.schedule import SCHEDULES
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(arch="resnet8", epochs=30, batch_size=64, lr=0.2, lr_schedule="cyclic", weight_decay=5e-4,
+                   epsilon=51.0, val_size=137),
+    "cifar10": dict(arch="resnet18", epochs=110, batch_size=128, lr=0.1, lr_schedule="multistep", weight_decay=5e-4,
+                    epsilon=8.0, val_size=1000),
+}
+RECIPES["cifar100"] = RECIPES["cifar10"]
+"""Per data set: the papers' recipe (FGSM-SDI, section IV-A), and our own for digits."""
+
+
+def flag(default: Any, text: str, **extra: Any) -> Any:
+    """A dataclass field whose `text` is the flag's help.
+
+    `times_epsilon=m` in `extra` makes a step size that is m times --epsilon unless it is given.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+def by_dataset(text: str) -> Any:
+    """A flag whose default is the data set's entry in `RECIPES`."""
+    return flag(None, text, by_dataset=True)
+
+
+def step_size(multiple: float) -> Any:
+    """A step size in 255ths that follows --epsilon."""
+    return flag(None, "step size, in 255ths", times_epsilon=multiple)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Shared by all methods. Radii and step sizes are in 255ths here, and fractions of 1 in `eps` and in the scripts."""
+
+    dataset: Literal["digits", "cifar10", "cifar100"] = flag("cifar10", "data set")
+    data_dir: str = flag("data/", "where data sets lie, and are downloaded to")
+    arch: str | None = by_dataset("network, a name from models")
+    width: int | None = flag(None, "base width of the network; default: the architecture's own")
+    normalise: Literal["none", "dataset"] = flag("none", "first layer of the network: none, as in the papers, or the data set's mean and deviation")
+    epochs: int | None = by_dataset("passes over the training images")
+    batch_size: int | None = by_dataset("images per update, over all processes together")
+    lr: float | None = by_dataset("learning rate, its peak where the schedule has one; cyclic: the papers' 0.2, or the method's own")
+    lr_schedule: Literal["multistep", "cyclic", "onecycle", "constant"] | None = by_dataset("how the learning rate moves; cyclic and onecycle move the momentum too")
+    cycle_momentum: bool = flag(True, "let a schedule that moves the momentum do so (the papers' scripts do)")
+    weight_decay: float | None = by_dataset("on all parameters")
+    epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths")
+    label_factor: float = flag(1.0, "probability kept on the true class, the rest is spread evenly over the others")
+    ema: float = flag(0.0, "decay of a weight average that is evaluated beside the weights (FastAT Benchmark: 0.9995); 0: none")
+    augment: Literal["crop", "none"] = flag("crop", "random shift, and flip where the data set has mirror images")
+    padding: Literal["zero", "reflect"] = flag("zero", "what a random shift brings in at the border")
+    train_size: int | None = flag(None, "use the first N training images; default: all that are not held out")
+    val_size: int | None = by_dataset("training images held out, from the end")
+    select_on: Literal["val", "test"] = flag("val", "what picks best.pth; the published tables pick on the test set (with --val-size 0)")
+    monitor: str = flag("clean,fgsm,pgd10", "accuracies measured on those images after every epoch; pgd10 picks best.pth")
+    seed: int = flag(0, "of weights, order, augmentation and noise")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it; evaluation is always fp32")
+    compile: bool = flag(False, "compile the network with torch.compile")
+    deterministic: bool = flag(False, "deterministic kernels only, so that a resumed GPU run is bitwise the same")
+    out_dir: str | None = flag(None, "where the run's files go; default: output/<method>-<dataset>-seed<seed>")
+    resume: Literal["auto", "never", "must"] = flag("auto", "continue a run found in --out-dir")
+    save_every: float = flag(5.0, "minutes between saves inside an epoch; every epoch's end is saved too")
+    time_limit: float | None = flag(None, "minutes after which the run saves itself and exits")
+    tensorboard: bool = flag(False, "also write TensorBoard event files (needs the tensorboard package)")
+
+    CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
+    METHOD: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        recipe = RECIPES.get(self.dataset)
+        if recipe is None:
+            raise Misuse(f"--dataset {self.dataset}: allowed are {', '.join(RECIPES)}")
+        schedule_given = self.lr_schedule or recipe["lr_schedule"]
+        if self.lr is None and schedule_given == "cyclic":
+            self.lr = self.CYCLIC_LR
+        fields = dataclasses.fields(self)
+        for field in fields:
+            if getattr(self, field.name) is None and _metadata(type(self), field).get("by_dataset"):
+                setattr(self, field.name, recipe[field.name])
+        for field in fields:
+            if getattr(self, field.name) is None and (multiple := field.metadata.get("times_epsilon")):
+                setattr(self, field.name, multiple * self.epsilon)
+        if self.out_dir is None:
+            self.out_dir = f"output/{self.METHOD or 'run'}-{self.dataset}-seed{self.seed}"
+        self.check()
+
+    @property
+    def eps(self) -> float:
+        """The radius as a fraction of 1."""
+        return self.epsilon / 255
+
+    def check(self) -> None:
+        """Raises Misuse for the first value that is not allowed. A script with bounds of its own extends it."""
+        at_least = {"epochs": 1, "batch_size": 1, "width": 1, "train_size": 1, "val_size": 0, "weight_decay": 0,
+                    "lr": 0, "epsilon": 0, "alpha": 0, "seed": 0, "save_every": 0, "time_limit": 0}
+        for name, low in at_least.items():
+            value = getattr(self, name, None)
+            if value is not None and not value >= low:
+                raise Misuse(f"{spelled(name)} {value}: must be at least {low}")
+        for name, (low, high) in {"label_factor": (0, 1), "ema": (0, 1), "epsilon": (0, 255)}.items():
+            if not low <= getattr(self, name) <= high:
+                raise Misuse(f"{spelled(name)} {getattr(self, name)}: must lie in [{low}, {high}]")
+        if self.lr_schedule not in SCHEDULES:
+            raise Misuse(f"--lr-schedule {self.lr_schedule}: allowed are {', '.join(SCHEDULES)}")
+        if "pgd10" not in self.monitor.split(","):
+            raise Misuse(f"--monitor {self.monitor}: must hold pgd10, which picks best.pth")
+        if self.select_on == "val" and self.val_size == 0:
+            raise Misuse("--val-size 0: with --select-on val some training images must be held out; "
+                         "give a size, or --select-on test")
+
+    @classmethod
+    def parse(cls, doc: str | None = None, argv: list[str] | None = None) -> Self:
+        """The configuration that the command line asks for.
+
+        Args:
+            doc: the script's docstring, shown by --help.
+            argv: the arguments; the process's own when not given.
+
+        Raises:
+            Misuse: an unknown flag, or a value that is not allowed.
+        """
+        return cls(**vars(parser(cls, doc).parse_args(argv)))
+
+
+def parser(cls: type[Config], doc: str | None) -> Parser:
+    """The command line of a Config: shared flags first, then the method's own."""
+    built = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    groups = {True: built.add_argument_group("shared by all methods"), False: None}
+    shared = {field.name for field in dataclasses.fields(Config)}
+    kinds = typing.get_type_hints(cls)
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in shared):
+        common = field.name in shared
+        if groups[common] is None:
+            groups[common] = built.add_argument_group("of this method")
+        metadata, kind = _metadata(cls, field), _without_none(kinds[field.name])
+        options: dict[str, Any] = dict(default=field.default, help=metadata["help"] + _default_text(field, metadata))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options.update(type=kind, metavar=kind.__name__.upper())
+        options["help"] = options["help"].replace("%", "%%")
+        groups[common].add_argument(spelled(field.name), **options)
+    return built
+
+
+def spelled(name: str) -> str:
+    """A field's name as a flag."""
+    return "--" + name.replace("_", "-")
+
+
+def _metadata(cls: type, field: dataclasses.Field) -> Any:
+    """The field's metadata; a subclass that only changes a shared default inherits its help."""
+    return field.metadata or Config.__dataclass_fields__[field.name].metadata
+
+
+def _without_none(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind, = (k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def _default_text(field: dataclasses.Field, metadata: Any) -> str:
+    if "times_epsilon" in metadata:
+        return f" (default: {metadata['times_epsilon']:g} x epsilon)"
+    if metadata.get("by_dataset") and field.default is None:
+        values = {name: recipe[field.name] for name, recipe in RECIPES.items()}
+        return f" (default: {', '.join(f'{name} {value}' for name, value in values.items())})"
+    return "" if field.default is None else f" (default: {field.default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes - and _ alike in flags, and answers misuse with one sentence."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._dashed(a) for a in args], namespace)
+
+    @staticmethod
+    def _dashed(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
+
+    def error(self, message: str) -> typing.NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized"):
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(words[0].partition("=")[0], known, 1)
+            message = f"{words[0]} is no flag of {self.prog}" + (f", did you mean {close[0]}?" if close else "") + "; --help lists them"
+        raise Misuse(message)

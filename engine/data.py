@@ -1,0 +1,191 @@
+"""Data sets as uint8 arrays that live on the training device; order and augmentation there.
+
+What happens to an image is a function of (seed, epoch, image) alone: not of the device, the batch size, the number of
+processes, or of how often the run was interrupted.
+"""
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import Failure, Misuse
+
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": ((0.3055,), (0.3774,)),
+}
+"""Channel means and deviations of the training images, in [0, 1]."""
+
+_DATA, _NOISE, _EVALUATION = range(3)  # streams of random numbers that must never meet
+
+
+def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that is a function of (seed, stream): nearby numbers give unrelated generators."""
+    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+def noise_generator(generator: torch.Generator, seed: int, step: int) -> None:
+    """Puts `generator` at the start of the attack noise of batch `step` of the run."""
+    state = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1, np.uint64)[0]
+    generator.manual_seed(int(state) >> 1)
+
+
+def evaluation_generator(seed: int, stream: int) -> torch.Generator:
+    """The generator of an evaluation's random starts."""
+    return seeded(seed, _EVALUATION, stream)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images (N, H, W, C) uint8 and labels (N,) int64 in [0, classes); `flip`: a mirror image keeps its class."""
+
+    name: str
+    classes: int
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    flip: bool
+    pad: int  # how far a random shift goes, in pixels
+
+    @property
+    def channels(self) -> int:
+        return self.x_train.shape[3]
+
+    @property
+    def image_size(self) -> int:
+        return self.x_train.shape[1]
+
+    def split(self, train_size: int | None, val_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """x_train, y_train, x_val, y_val: the last `val_size` training images are held out, the first ones train."""
+        n = len(self.x_train) - val_size
+        if n < 1 or (train_size or 1) > n:
+            raise Misuse(f"--train-size {train_size} and --val-size {val_size}: {self.name} has only {len(self.x_train)} training images")
+        size = train_size or n
+        return self.x_train[:size], self.y_train[:size], self.x_train[n:], self.y_train[n:]
+
+
+def load(name: str, data_dir: str | Path) -> Dataset:
+    """A data set by name, checked; made from torchvision's download when <data_dir>/<name>.npz is not there.
+
+    Raises:
+        Misuse: an unknown name; a file that is damaged, or whose arrays are not images and labels.
+        Failure: the download did not work.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in ("cifar10", "cifar100"):
+        raise Misuse(f"--dataset {name}: allowed are digits, cifar10, cifar100")
+    path = Path(data_dir) / f"{name}.npz"
+    if not path.is_file():
+        _download(name, path)
+    return _checked(path, name, classes={"cifar10": 10, "cifar100": 100}[name], flip=True, pad=4)
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 1,797 real 8 x 8 digits (Alpaydin & Kaynak 1998), a fixed stratified split of 1,437 / 360."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+    x_train, x_test, y_train, y_test = train_test_split(
+        images, labels.astype(np.int64), test_size=360, stratify=labels, random_state=0)
+    return Dataset("digits", 10, x_train, y_train, x_test, y_test, flip=False, pad=1)
+
+
+def _download(name: str, path: Path) -> None:
+    """Writes <name>.npz from torchvision's data set, which lies in or is downloaded to the same folder."""
+    import torchvision
+
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    print(f"{path} is not there: making it from torchvision's {source.__name__}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = {part: source(path.parent, train=part == "train", download=True) for part in ("train", "test")}
+    except Exception as error:  # torchvision raises many kinds, from URLError to RuntimeError
+        raise Failure(f"{name} could not be downloaded ({error}): put {path.name}, or torchvision's files, into {path.parent}") from error
+    arrays = {}
+    for part, dataset in parts.items():
+        arrays[f"x_{part}"] = dataset.data
+        arrays[f"y_{part}"] = np.asarray(dataset.targets, dtype=np.int64)
+    unfinished = path.with_suffix(".part.npz")
+    np.savez(unfinished, **arrays)
+    unfinished.replace(path)
+
+
+def _checked(path: Path, name: str, classes: int, flip: bool, pad: int) -> Dataset:
+    remedy = f"delete {path} to have it made again"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except KeyError as error:
+        raise Misuse(f"{path} has no array {error}: a data set holds x_train, y_train, x_test, y_test; {remedy}") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, io.UnsupportedOperation) as error:
+        raise Misuse(f"{path} is damaged ({error}): {remedy}") from error
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[3] not in (1, 3) or len(x) == 0:
+            raise Misuse(f"{path}: x_{part} is {x.dtype} {x.shape}, it must be uint8 (N, size, size, 1 or 3) with N > 0; {remedy}")
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            raise Misuse(f"{path}: y_{part} is {y.dtype} {y.shape}, it must be int64 ({len(x)},); {remedy}")
+        if y.min() < 0 or y.max() >= classes:
+            wrong = y[(y < 0) | (y >= classes)][0]
+            raise Misuse(f"{path}: y_{part} holds the label {wrong}, labels of {name} lie in 0..{classes - 1}; {remedy}")
+        arrays[f"y_{part}"] = y.astype(np.int64)
+    return Dataset(name, classes, **arrays, flip=flip, pad=pad)
+
+
+def to_images(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (N, H, W, C) to `dtype` (N, C, H, W) in [0, 1], channels last in memory as convolutions like it."""
+    return x.permute(0, 3, 1, 2).to(dtype) / 255
+
+
+class Batches:
+    """The training images on `device`, in the order and with the shifts and flips of each epoch.
+
+    Args:
+        x, y: (N, H, W, C) uint8 and (N,) int64.
+        batch_size: images per batch over all processes; the last batch of an epoch may be short.
+        shard: from a batch's size to this process's part of it.
+    """
+
+    def __init__(
+        self, x: np.ndarray, y: np.ndarray, *, batch_size: int, seed: int, pad: int, flip: bool,
+        padding: str = "zero", device: torch.device | str = "cpu", shard=lambda n: slice(0, n),
+    ) -> None:
+        self.n, self.size = len(x), x.shape[1]
+        self.batch_size, self.seed, self.pad, self.flip = batch_size, seed, pad, flip
+        self.device, self.shard = torch.device(device), shard
+        mode = {"zero": "constant", "reflect": "reflect"}[padding]
+        padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)  # once: a batch is then one gather
+        self.x = torch.from_numpy(padded).to(self.device)
+        self.y = torch.from_numpy(y).to(self.device)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-self.n // self.batch_size)
+
+    def epoch(self, epoch: int, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields x (B, C, H, W) in [0, 1], y (B,) int64, index (B,) int64 of the images, from batch `first` on."""
+        generator = seeded(self.seed, _DATA, epoch)
+        order = torch.randperm(self.n, generator=generator).to(self.device)
+        shift = torch.randint(0, 2 * self.pad + 1, (self.n, 2), generator=generator).to(self.device)
+        mirror = (torch.rand(self.n, generator=generator) < 0.5).to(self.device) & self.flip
+        ruler = torch.arange(self.size, device=self.device)
+        for batch in range(first, len(self)):
+            index = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            index = index[self.shard(len(index))]
+            rows = shift[index, :1] + ruler
+            columns = shift[index, 1:] + torch.where(mirror[index, None], ruler.flip(0), ruler)
+            yield to_images(self.x[index[:, None, None], rows[:, :, None], columns[:, None, :]], dtype), self.y[index], index

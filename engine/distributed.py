@@ -1,0 +1,66 @@
+"""torchrun's processes: the only file that names torch.distributed. Without torchrun everything here is a no-op."""
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+import torch.distributed as dist
+
+
+def start(device: torch.device) -> torch.device:
+    """Joins the process group when torchrun started this process; returns the device this process is to use."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def finish() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(n: int) -> slice:
+    """This process's contiguous part of n items, the parts differing by at most one item."""
+    r, w = rank(), world()
+    return slice(n * r // w, n * (r + 1) // w)
+
+
+def sum_(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its sum over the processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def agree(decision: bool, device: torch.device) -> bool:
+    """True everywhere if it is true on any process."""
+    flag = torch.tensor(float(decision), device=device)
+    sum_([flag])
+    return bool(flag.item())
+
+
+def copy_from_first(tensors: list[Tensor]) -> None:
+    """Each tensor becomes that of the first process, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()

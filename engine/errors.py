@@ -1,0 +1,47 @@
+"""What a user sees when something is wrong: one sentence, an exit status, no traceback."""
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Misuse(Exception):
+    """The user asked for something that cannot be: names the thing, the value, what is allowed, the remedy. Exit 2."""
+
+
+class Failure(Exception):
+    """Something went wrong while running, though what was asked for is allowed. Exit 1."""
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the process with one sentence on stderr for every error that a user can meet."""
+    try:
+        yield
+    except Misuse as error:
+        stop(str(error), 2)
+    except Failure as error:
+        stop(str(error), 1)
+    except torch.OutOfMemoryError:
+        stop("out of memory on the GPU: choose a smaller --batch-size", 1)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its writer
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "PytorchStreamWriter" in str(error)
+        if full:
+            stop("no room left on the disk: free some, or choose another --out-dir; the last complete save is intact", 1)
+        if isinstance(error, OSError) and error.filename is not None:
+            stop(f"{error.filename}: {error.strerror}", 1)
+        if "DefaultCPUAllocator" in str(error):
+            stop("out of memory: choose a smaller --batch-size", 1)
+        raise
+    except KeyboardInterrupt:
+        stop("interrupted; run the same command again to continue from the last save", 130)
+
+
+def stop(sentence: str, status: int) -> None:
+    """Prints the sentence on stderr and exits."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,109 @@
+"""What is written down: JSON files, where a number comes from, and how far it can be trusted."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_text(text: str, path: Path) -> None:
+    """Replaces the file whole."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Replaces the file whole, by indented JSON; a number that is not finite becomes null."""
+    write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", path)
+
+
+def write_lines(rows: list[dict[str, Any]], path: Path) -> None:
+    """Replaces the file whole, by one JSON object a line."""
+    write_text("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows), path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def percent(standing: torch.Tensor) -> dict[str, Any]:
+    """(n,) bool verdicts to the accuracy in percent, n, and Wilson's 95 % interval of it."""
+    return percent_of(100 * int(standing.sum()) / len(standing), len(standing))
+
+
+def percent_of(value: float, n: int) -> dict[str, Any]:
+    """An accuracy in percent over n images, with its interval."""
+    low, high = wilson(round(value * n / 100), n)
+    return {"value": value, "n": n, "interval": [100 * low, 100 * high]}
+
+
+def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a binomial proportion k / n (Wilson 1927)."""
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def provenance(device: torch.device, precision: str) -> dict[str, Any]:
+    """Commit, versions and machine of a measurement."""
+    return {
+        **_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                     "pyautoattack": _version("pyautoattack")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch had allocated on the GPU, or the most that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _commit() -> dict[str, Any]:
+    """From git, or from SOURCE_COMMIT where the tree was exported without its history."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            raise FileNotFoundError
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": os.environ.get("SOURCE_COMMIT"), "dirty": "SOURCE_COMMIT" not in os.environ}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return f"CPU {names[0]}, {len(names)} cores" if names else f"CPU {platform.machine()}"
+    except OSError:
+        return f"CPU {platform.processor() or platform.machine()}"

@@ -1,0 +1,477 @@
+"""A training run: what a method's script calls, and everything that happens between two of its batches."""
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import models
+from engine import checkpoint, data, distributed, evaluate, record
+from engine.config import Config
+from engine.errors import Failure, Misuse
+from engine.schedule import SCHEDULES
+
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device"}
+"""The flags that a resumed run may be given anew."""
+
+
+class Classifier(nn.Module):
+    """The network as scripts see it: images in [0, 1] to full-precision logits; memory layout and bf16 are inside."""
+
+    def __init__(self, network: nn.Module, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.network, self.autocast = network, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, classes)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.autocast is None:
+            return self.network(x)
+        with torch.autocast(x.device.type, self.autocast):
+            return self.network(x).float()
+
+
+class Run:
+    """One training run of one method. A script uses `model`, `batches`, `update`, `keep`, and `uniform`/`normal`.
+
+    `batch` (in the epoch), `step` (updates of the classifier so far), `epoch` and `progress` (in [0, 1]) are to be read.
+
+    Args:
+        cfg: the method's configuration.
+        updates_per_batch: how often the script updates the classifier for each batch (Free-AT: m).
+
+    Raises:
+        Misuse: what was asked for cannot be.
+    """
+
+    def __init__(self, cfg: Config, updates_per_batch: int = 1) -> None:
+        self.cfg = cfg
+        self.device = distributed.start(chosen_device(cfg.device))
+        self.out_dir = Path(cfg.out_dir)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
+        self._saved = self._find_saved()
+        if cfg.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        elif self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+
+        self._prepare_data()
+        torch.manual_seed(cfg.seed)
+        self.network = self._build()
+        self.model = Classifier(torch.compile(self.network) if cfg.compile else self.network, self._autocast()).train()
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)
+        self.average = self._build() if cfg.ema else None
+        if self.average is not None:
+            self.average.load_state_dict(self.network.state_dict())
+
+        self.batch = self.step = self.epoch = 0
+        self.total = cfg.epochs * len(self._data) * updates_per_batch
+        self._updates_per_epoch = len(self._data) * updates_per_batch
+        self._kept: dict[str, Any] = {}
+        self._generator = torch.Generator(self.device)
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._deferred = self.device.type == "cuda"  # whether reading a number would make the device wait
+        self._history: list[dict[str, Any]] = []
+        self._best: dict[str, Any] = {}
+        self._seconds = {"training": 0.0, "evaluation": 0.0, "saving": 0.0, "preparation": time.perf_counter() - self._began}
+        self._asked_to_stop = False
+        self.keep(classifier=self.network, optimizer=self.optimizer, **({"average": self.average} if cfg.ema else {}))
+
+    @property
+    def progress(self) -> float:
+        """The part of the run's classifier updates that is done, in [0, 1]."""
+        return self.step / self.total
+
+    @property
+    def classes(self) -> int:
+        return self.dataset.classes
+
+    @property
+    def channels(self) -> int:
+        return self.dataset.channels
+
+    # ---- what a script calls -------------------------------------------------------------------------------------
+
+    def keep(self, **objects: Any) -> None:
+        """Networks, optimizers and tensors that outlive a batch: moved to the device, saved, restored.
+
+        A tensor must already lie on `run.device` and be updated in place; one that the script rebinds, so that the
+        engine would save a forgotten copy, ends the run at the next save.
+
+        Raises:
+            Misuse: what was saved under that name does not fit.
+        """
+        for name, kept in objects.items():
+            if isinstance(kept, nn.Module):
+                kept.to(self.device)
+            self._kept[name] = kept
+            if self._saved is not None and name in self._saved["kept"]:
+                checkpoint.restore(kept, self._saved["kept"][name], name)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields x (B, C, H, W) in [0, 1], y (B,) and the images' index (B,) until training is over.
+
+        Between two batches it saves when it is time to; after an epoch it evaluates, logs and saves; after the last
+        one it writes result.json.
+        """
+        self._restore()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
+        if distributed.rank() == 0:
+            record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")
+        self._deadline = self._began + 60 * self.cfg.time_limit if self.cfg.time_limit else float("inf")
+        self._last_save = time.perf_counter()
+        while self.epoch < self.cfg.epochs:
+            yield from self._epoch()
+            self._end_of_epoch()
+        self._finish()
+
+    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None, *, logits: Tensor | None = None) -> None:
+        """One descent step of `optimizer` (the classifier's when not given) on `loss`, the mean over this process's batch.
+
+        Only gradients of that optimizer's parameters are computed, and averaged over processes by their batches' sizes.
+        A loss that is not finite never reaches the weights: the update is left out and the run ends at the next reading.
+
+        Args:
+            logits: (B, classes), of which the training accuracy in the log is taken.
+
+        Raises:
+            Failure: the loss is not finite.
+        """
+        main = optimizer is None or optimizer is self.optimizer
+        optimizer = self.optimizer if main else optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        optimizer.zero_grad()
+        loss.backward(inputs=parameters)
+        value = loss.detach().double()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if distributed.world() > 1:
+            torch._foreach_mul_(gradients, len(self._labels) / self._global_batch)
+            value = value * (len(self._labels) / self._global_batch)
+            distributed.sum_([*gradients, value])
+        self._watch(value, gradients, optimizer)
+        if main:
+            rates = SCHEDULES[self.cfg.lr_schedule](self.step, self.total, self._updates_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = self.cfg.lr * rates.lr
+                group["momentum"] = rates.momentum if self.cfg.cycle_momentum else 0.9
+        optimizer.step()
+        if not main:
+            return
+        self.step += 1
+        if self.average is not None:
+            self._average()
+        self._sums["loss"] += value * self._global_batch
+        self._sums["seen"] += self._global_batch
+        if logits is not None:
+            correct = (logits.detach().argmax(1) == self._labels).sum().double()
+            distributed.sum_([correct])
+            self._sums["correct"] += correct
+
+    def uniform(self, x: Tensor) -> Tensor:
+        """Noise U(-1, 1) like x (B, ...): a function of (seed, batch of the run, position in the global batch)."""
+        return self._noise(x, lambda noise: noise.uniform_(-1, 1, generator=self._generator))
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Noise N(0, 1) like x (B, ...): a function of (seed, batch of the run, position in the global batch)."""
+        return self._noise(x, lambda noise: noise.normal_(generator=self._generator))
+
+    # ---- one epoch ----------------------------------------------------------------------------------------------
+
+    def _epoch(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        batches = self._data.epoch(self.epoch, self.batch, torch.get_default_dtype())
+        bar = tqdm(total=len(self._data), initial=self.batch, desc=f"epoch {self.epoch + 1}/{self.cfg.epochs}", unit="batch",
+                   leave=False, disable=not sys.stderr.isatty() or distributed.rank() > 0)
+        began = time.perf_counter()
+        for x, y, index in batches:
+            self._labels = y
+            self._global_batch = min(self.cfg.batch_size, self._data.n - self.batch * self.cfg.batch_size)
+            data.noise_generator(self._generator, self.cfg.seed, self.epoch * len(self._data) + self.batch)
+            yield x, y, index
+            self.batch += 1
+            bar.update()
+            now = time.perf_counter()
+            stop = self._asked_to_stop or now > self._deadline
+            if self.batch < len(self._data) and (stop or now > self._last_save + 60 * self.cfg.save_every):
+                self._seconds["training"] += self._clock() - began
+                self._save()
+                if stop:
+                    self._leave()
+                began = time.perf_counter()
+        bar.close()
+        self._seconds["training"] += self._clock() - began
+
+    def _end_of_epoch(self) -> None:
+        self._read()
+        sums = {name: value.item() for name, value in self._sums.items()}
+        trained = self._seconds["training"]
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "momentum": self.optimizer.param_groups[0]["momentum"],
+            "loss": sums["loss"] / sums["seen"], "train_accuracy": 100 * sums["correct"] / sums["seen"],
+            "images_per_second": self._data.n / (trained - (self._history[-1]["seconds"] if self._history else 0.0)), "seconds": trained,
+        }
+        row.update(self._evaluate(self.network))
+        row["weights"] = "raw"
+        if self.average is not None:
+            averaged = self._evaluate(self.average)
+            row.update({f"{key}_ema": value for key, value in averaged.items()})
+            row["weights"] = "ema" if averaged[self._criterion] >= row[self._criterion] else "raw"
+        self._history.append(row)
+        score = row[self._criterion + ("_ema" if row["weights"] == "ema" else "")]
+        better = not self._best or score >= self._best["score"]  # a later epoch wins a tie, as in the published scripts
+        if better:
+            self._best = {"score": score, "epoch": row["epoch"], "weights": row["weights"]}
+        self._report(row, better)
+        self.batch, self.epoch = 0, self.epoch + 1
+        for value in self._sums.values():
+            value.zero_()
+        if distributed.rank() == 0:
+            last = "ema" if self.average is not None else "raw"
+            checkpoint.save(self._weights(last, row["epoch"]), self.out_dir / "last.pth")
+            if better:
+                checkpoint.save(self._weights(row["weights"], row["epoch"]), self.out_dir / "best.pth")
+            record.write_lines(self._history, self.out_dir / "log.jsonl")
+        self._save()
+        if self.epoch < self.cfg.epochs and (self._asked_to_stop or time.perf_counter() > self._deadline):
+            self._leave()
+
+    def _finish(self) -> None:
+        """Writes result.json."""
+        def at(epoch: int, kind: str) -> dict[str, Any]:
+            row, suffix = self._history[epoch - 1], "_ema" if kind == "ema" else ""
+            measured = {column: record.percent_of(row[f"{self.cfg.select_on}_{column}{suffix}"], self._held_out_n) for column in self._columns}
+            return {"epoch": epoch, "weights": kind, "split": self.cfg.select_on, **measured}
+
+        last = "ema" if self.average is not None else "raw"
+        if distributed.rank() == 0 and self._history:
+            record.write_json({
+                "method": self.cfg.METHOD, "dataset": self.cfg.dataset, "arch": self.cfg.arch,
+                "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self._precision),
+                "processes": distributed.world(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
+                "images_per_second": self._data.n * self.cfg.epochs / self._seconds["training"], "updates": self.step,
+                "checkpoints": {"best": at(self._best["epoch"], self._best["weights"]), "last": at(self.cfg.epochs, last)},
+            }, self.out_dir / "result.json")
+            print(f"done: {self.out_dir}/best.pth (epoch {self._best['epoch']}) and last.pth; "
+                  f"evaluate with: python test_FGSM_SDI.py --model_path {self.out_dir}/best.pth --data-dir {self.cfg.data_dir}")
+        distributed.wait()
+        self._unlock()
+
+    # ---- what goes on inside ------------------------------------------------------------------------------------
+
+    def _prepare_data(self) -> None:
+        self._began = time.perf_counter()
+        cfg = self.cfg
+        if distributed.rank() > 0:
+            distributed.wait()  # the first process makes the files
+        self.dataset = data.load(cfg.dataset, cfg.data_dir)
+        if distributed.rank() == 0:
+            distributed.wait()
+        x, y, x_val, y_val = self.dataset.split(cfg.train_size, cfg.val_size)
+        if cfg.select_on == "test":
+            x_val, y_val = self.dataset.x_test, self.dataset.y_test
+        part = distributed.shard(len(x_val))
+        self._held_out = torch.from_numpy(x_val[part]), torch.from_numpy(y_val[part])
+        self._held_out_n = len(x_val)
+        self._columns = evaluate.columns_named(cfg.monitor)
+        self._criterion = f"{cfg.select_on}_pgd10"
+        crop = cfg.augment == "crop"
+        self._data = data.Batches(
+            x, y, batch_size=cfg.batch_size, seed=cfg.seed, pad=self.dataset.pad if crop else 0, flip=self.dataset.flip and crop,
+            padding=cfg.padding, device=self.device, shard=distributed.shard)
+
+    def _build(self) -> nn.Module:
+        statistics = data.NORMALISATIONS[self.cfg.dataset] if self.cfg.normalise == "dataset" else None
+        try:
+            network = models.build(self.cfg.arch, classes=self.classes, channels=self.channels, width=self.cfg.width,
+                                   normalise=statistics, image_size=self.dataset.image_size)
+        except ValueError as error:
+            raise Misuse(f"--arch {self.cfg.arch}: {error}") from error
+        network = network.to(self.device, memory_format=torch.channels_last)
+        distributed.copy_from_first(list(network.state_dict().values()))
+        return network
+
+    def _autocast(self) -> torch.dtype | None:
+        capable = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if self.cfg.precision == "bf16" and not capable:
+            raise Misuse("--precision bf16: this device has no bf16 that is worth it; choose fp32")
+        use = capable and self.cfg.precision != "fp32"
+        self._precision = "bf16" if use else str(torch.get_default_dtype()).removeprefix("torch.").replace("float", "fp")
+        return torch.bfloat16 if use else None
+
+    def _noise(self, x: Tensor, fill) -> Tensor:
+        noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        return fill(noise)[distributed.shard(self._global_batch)]
+
+    def _watch(self, loss: Tensor, gradients: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Keeps a loss that is not finite away from the weights, without making a GPU wait for the answer."""
+        finite = torch.isfinite(loss)
+        if not self._deferred:
+            if not finite:
+                self._bad_step.fill_(self.step)
+                self._read()
+            return
+        self._bad_step.copy_(torch.where(finite | (self._bad_step >= 0), self._bad_step, self.step))
+        good = self._bad_step < 0
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~good).float()
+        else:
+            for gradient in gradients:
+                gradient.copy_(torch.where(good, gradient, 0))
+
+    def _read(self) -> None:
+        if (step := int(self._bad_step)) >= 0:
+            raise Failure(f"the loss is not finite at update {step} (epoch {self.epoch + 1}); the weights were left as they were, "
+                          f"and {self.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
+
+    def _average(self) -> None:
+        """Exponential moving average of every entry of the state, BatchNorm's too, as the FastAT Benchmark has it."""
+        with torch.no_grad():
+            pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values()))
+            averaged, current = map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point())))
+            torch._foreach_lerp_(averaged, current, 1 - self.cfg.ema)
+            for mean, value in pairs:
+                if not mean.is_floating_point():
+                    mean.copy_(value)
+
+    def _evaluate(self, network: nn.Module) -> dict[str, float]:
+        began = time.perf_counter()
+        found = evaluate.verdicts(
+            network, *self._held_out, columns=self._columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
+            seed=self.cfg.seed + distributed.rank(), batch_size=max(self.cfg.batch_size, 128))
+        counts = torch.tensor([float(found[column].sum()) for column in self._columns], dtype=torch.float64, device=self.device)
+        distributed.sum_([counts])
+        self._seconds["evaluation"] += self._clock() - began
+        return {f"{self.cfg.select_on}_{column}": 100 * count / self._held_out_n for column, count in zip(self._columns, counts.tolist())}
+
+    def _report(self, row: dict[str, Any], better: bool) -> None:
+        if distributed.rank() > 0:
+            return
+        held_out = "  ".join(f"{column} {row[f'{self.cfg.select_on}_{column}']:5.2f}" for column in self._columns)
+        print(f"epoch {row['epoch']:3d}/{self.cfg.epochs}  loss {row['loss']:.4f}  train {row['train_accuracy']:5.2f}  "
+              f"{self.cfg.select_on}: {held_out}  lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s"
+              f"{'  (best)' if better else ''}", flush=True)
+        if self.cfg.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise Misuse("--tensorboard: the package is missing; pip install tensorboard") from error
+            with SummaryWriter(str(self.out_dir)) as writer:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(name, value, row["epoch"])
+
+    def _weights(self, kind: str, epoch: int) -> dict[str, Any]:
+        return checkpoint.weights(self.average if kind == "ema" else self.network, {
+            "method": self.cfg.METHOD, "dataset": self.cfg.dataset, "arch": self.cfg.arch, "width": self.cfg.width,
+            "classes": self.classes, "channels": self.channels, "image_size": self.dataset.image_size,
+            "epsilon": float(self.cfg.epsilon), "epoch": epoch, "weights": kind, "seed": self.cfg.seed})
+
+    def _save(self) -> None:
+        self._read()
+        self._check_kept()
+        began = time.perf_counter()
+        if distributed.rank() == 0:
+            cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+            checkpoint.save({
+                "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
+                "kept": {name: checkpoint.state_of(kept) for name, kept in self._kept.items()},
+                "sums": self._sums, "history": self._history, "best": self._best, "seconds": self._seconds,
+                "rng": torch.get_rng_state(), "rng_cuda": cuda,
+                "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
+            }, self.out_dir / "state.pth")
+        distributed.wait()
+        self._last_save = time.perf_counter()
+        self._seconds["saving"] += self._last_save - began
+
+    def _check_kept(self) -> None:
+        """A script that wrote `memory = memory + ...` left the engine with the old tensor, which nobody else holds."""
+        alone = {"only": torch.zeros(0)}
+        nobody = sys.getrefcount(alone["only"])
+        for name in self._kept:
+            if sys.getrefcount(self._kept[name]) <= nobody:
+                raise Failure(f"{name!r} was given to run.keep and then rebound: update it in place, for example with copy_, "
+                              "or a resumed run would start from the old one")
+
+    def _find_saved(self) -> dict[str, Any] | None:
+        path, cfg = self.out_dir / "state.pth", self.cfg
+        if cfg.resume == "must" and not path.is_file():
+            raise Misuse(f"--resume must: there is no {path} to continue from")
+        if cfg.resume == "never" or not path.is_file():
+            return None
+        saved = checkpoint.load_state(path)
+        wanted = {"method": cfg.METHOD, **dataclasses.asdict(cfg)}
+        for name in wanted.keys() | saved["config"].keys():
+            if name not in MAY_CHANGE and saved["config"].get(name) != wanted.get(name):
+                raise Misuse(f"{path} was saved with {name} {saved['config'].get(name)}, this run has {wanted.get(name)}: give the same, "
+                             "or --resume never to start again, or another --out-dir")
+        return saved
+
+    def _restore(self) -> None:
+        """Takes up the rest of a saved run, now that everything has been kept."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        if saved["kept"].keys() != self._kept.keys():
+            raise Misuse(f"{self.out_dir}/state.pth keeps {', '.join(saved['kept'])}, this run keeps {', '.join(self._kept)}: "
+                         "it is another version's; start again with --resume never")
+        self.epoch, self.batch, self.step = (saved["position"][name] for name in ("epoch", "batch", "step"))
+        self._history, self._best, self._seconds = saved["history"], saved["best"], saved["seconds"]
+        for name, value in self._sums.items():
+            value.copy_(saved["sums"][name])
+        torch.set_rng_state(saved["rng"])
+        if saved["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng_cuda"], self.device)
+        if distributed.rank() == 0:
+            print(f"continuing {self.out_dir} at epoch {self.epoch + 1}, batch {self.batch}" if self.epoch < self.cfg.epochs
+                  else f"{self.out_dir} is finished; --resume never trains it again")
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._asked_to_stop = True
+
+    def _leave(self) -> None:
+        if distributed.rank() == 0:
+            print(f"saved {self.out_dir}/state.pth at epoch {self.epoch + 1}, batch {self.batch}; run the same command again to continue")
+        distributed.wait()
+        self._unlock()
+        raise SystemExit(0)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that --device names; auto: a GPU where there is one.
+
+    Raises:
+        Misuse: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise Misuse(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose --device cpu, or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
+    return device

@@ -1,0 +1,1 @@
+"""What is measured with the scripts, and how it is shown."""

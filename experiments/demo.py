@@ -1,0 +1,138 @@
+"""Trains and evaluates a handful of methods side by side, and shows what came out: `make demo`, `make demo-cifar`.
+
+Single-threaded processes, as many at a time as there are cores. A step that is already done is not done again, and
+one failure does not stop the rest. Every run's numbers go to results/<demo>/<run>.json; the table and the figure are
+made from those files alone.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import record
+from engine.errors import Failure, Misuse, one_sentence
+from experiments import show
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Demo:
+    """methods: label to script and flags, the slowest first, so that the cores are busy to the end."""
+
+    methods: dict[str, tuple[str, ...]]
+    common: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+DEMOS = {
+    "digits": Demo(
+        methods={"PGD-AT": ("train_pgd_at.py",), "FGSM-SDI": ("train_fgsm_sdi.py",), "FGSM-RS": ("train_fgsm_rs.py",),
+                 "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
+        common=("--dataset", "digits", "--epsilon", "76.5", "--epochs", "40", "--augment", "none", "--monitor", "clean,fgsm,pgd10,pgd20"),
+        evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
+    "cifar": Demo(
+        methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",), "FGSM-RS": ("train_fgsm_rs.py",),
+                 "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
+        common=("--dataset", "cifar10", "--epsilon", "16", "--arch", "resnet18", "--width", "16", "--train-size", "8000",
+                "--val-size", "500", "--epochs", "16", "--lr-schedule", "cyclic", "--monitor", "clean,fgsm,pgd10,pgd20"),
+        evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100"), checkpoints=("best", "last"), seeds=(0,)),
+}
+
+
+class Step:
+    """One command of a run, done once the file that it makes is there."""
+
+    def __init__(self, label: str, seed: int, what: str, command: list[str], product: Path) -> None:
+        self.label, self.seed, self.what, self.command, self.product = label, seed, what, command, product
+
+    def run(self) -> str | None:
+        """Returns what went wrong, or None."""
+        if self.product.is_file():
+            return None
+        began = time.perf_counter()
+        self.product.parent.mkdir(parents=True, exist_ok=True)
+        output = self.product.parent / "output.log"
+        with open(output, "a") as log:
+            status = subprocess.run([sys.executable, ROOT / self.command[0], *self.command[1:]], stdout=log, stderr=subprocess.STDOUT,
+                                    env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        if status or not self.product.is_file():
+            return f"{self.label}, seed {self.seed}: {' '.join(self.command)} ended with status {status}; see {output}"
+        print(f"  {self.label:9s} seed {self.seed}: {self.what} done in {time.perf_counter() - began:.0f} s", flush=True)
+        return None
+
+
+def steps(demo: Demo, label: str, seed: int, output: Path, data_dir: Path) -> tuple[Step, dict[str, Step]]:
+    """A run's training, and the evaluation of each of its checkpoints."""
+    script, *flags = demo.methods[label]
+    folder = output / f"{label.lower()}-seed{seed}"
+    shared = ["--data-dir", str(data_dir), "--device", "cpu", "--out-dir"]
+    train = [script, *demo.common, *flags, "--seed", str(seed), *shared, str(folder)]
+    evaluations = {
+        name: Step(label, seed, f"evaluation of {name}.pth", ["test_FGSM_SDI.py", "--model-path", str(folder / f"{name}.pth"),
+                   *demo.evaluation, *shared, str(folder / name)], folder / name / "evaluation.json")
+        for name in demo.checkpoints}
+    return Step(label, seed, "training", train, folder / "result.json"), evaluations
+
+
+def collect(label: str, train: Step, evaluations: dict[str, Step], path: Path) -> None:
+    """One small JSON of everything that a run measured."""
+    log = train.product.with_name("log.jsonl").read_text().splitlines()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record.write_json({"label": label, "run": json.loads(train.product.read_text()), "log": [json.loads(line) for line in log],
+                       "evaluations": {name: json.loads(step.product.read_text()) for name, step in evaluations.items()}}, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=DEMOS)
+    parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
+    parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
+    parser.add_argument("--results", default="results/", help="where the JSON, the table and the figure go (default: results/)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: the number of cores)")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise Misuse(f"--jobs {args.jobs}: must be at least 1")
+    demo, began = DEMOS[args.name], time.perf_counter()
+    output, results = Path(args.output) / f"demo-{args.name}", Path(args.results) / f"demo-{args.name}"
+    if args.name == "cifar":
+        from engine.data import load
+        load("cifar10", args.data_dir)  # once, before eight processes want it
+    jobs = {(label, seed): steps(demo, label, seed, output, Path(args.data_dir)) for label in demo.methods for seed in demo.seeds}
+    print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
+    failures = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        trainings = {pool.submit(train.run): job for job, (train, _) in jobs.items()}
+        following = []
+        for training in as_completed(trainings):
+            if said := training.result():
+                failures.append(said)
+            else:
+                following += [pool.submit(step.run) for step in jobs[trainings[training]][1].values()]
+        failures += [said for future in following if (said := future.result())]
+    for (label, seed), (train, evaluations) in jobs.items():
+        if all(step.product.is_file() for step in (train, *evaluations.values())):
+            collect(label, train, evaluations, results / f"{label.lower()}-seed{seed}.json")
+    minutes = (time.perf_counter() - began) / 60
+    runs = show.read(results)
+    if runs:
+        print("\n" + show.table(runs, markdown=False))
+        show.curves(runs, results / "curves")
+        print(f"\nfigure: {results}/curves.png; results: {results}/*.json")
+    print(f"{minutes:.1f} minutes on {os.cpu_count()} cores")
+    if failures:
+        raise Failure("; ".join(failures))
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,89 @@
+"""Tables and figures, from the JSON files of results/ and from nothing else."""
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+HEADINGS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50", "cw": "C&W", "apgd": "APGD", "aa": "AA"}
+# Okabe & Ito's palette, which colour-blind readers can tell apart; a line style each besides.
+STYLES = {"FGSM-AT": ("#D55E00", ":"), "FGSM-RS": ("#E69F00", "--"), "FGSM-SDI": ("#0072B2", "-"), "FGSM-GA": ("#009E73", "-."), "PGD-AT": ("#000000", "-.")}
+
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def read(folder: Path) -> Runs:
+    """The runs in a folder of results, by method, in the order of `STYLES`; each method's by seed."""
+    runs: Runs = {}
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        runs.setdefault(run["label"], []).append(run)
+    known = [label for label in STYLES if label in runs]
+    return {label: sorted(runs[label], key=lambda run: run["run"]["seed"]) for label in [*known, *sorted(runs.keys() - set(known))]}
+
+
+def is_dirty(runs: Runs) -> bool:
+    """Whether any number comes from a tree that differs from its commit: such a table is never put into the README."""
+    return any(part["dirty"] for several in runs.values() for run in several for part in (run["run"], *run["evaluations"].values()))
+
+
+def table(runs: Runs, markdown: bool) -> str:
+    """The papers' columns: one row per method and checkpoint; mean and range over seeds, or the 95 % interval of one."""
+    first = next(iter(runs.values()))[0]["evaluations"]
+    columns = list(next(iter(first.values()))["metrics"])
+    heading = ["Method", "Checkpoint", *(HEADINGS[c] for c in columns), "Training, s"]
+    rows = [[label, name, *(cell([run["evaluations"][name]["metrics"][c] for run in several]) for c in columns),
+             f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}"]
+            for label, several in runs.items() for name in first]
+    if markdown:
+        lines = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in (heading, *rows)) for i in range(len(heading))]
+    return "\n".join("  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
+                     for line in (heading, *rows))
+
+
+def cell(metrics: list[dict[str, Any]]) -> str:
+    """One seed: the accuracy and its 95 % interval. Several: their mean, lowest and highest."""
+    values = [metric["value"] for metric in metrics]
+    low, high = metrics[0]["interval"] if len(metrics) == 1 else (min(values), max(values))
+    return f"{statistics.mean(values):.1f} ({low:.1f} to {high:.1f})"
+
+
+def facts(runs: Runs) -> dict[str, Any]:
+    """What a caption needs: n, seeds, machine, versions, commit."""
+    several = next(iter(runs.values()))
+    run = several[0]["run"]
+    evaluation = next(iter(several[0]["evaluations"].values()))
+    return {"n": evaluation["n"], "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"],
+            "torch": run["versions"]["torch"], "commit": run["commit"], "epochs": run["config"]["epochs"]}
+
+
+def curves(runs: Runs, path: Path) -> None:
+    """Clean, FGSM and PGD-20 accuracy on held-out images over the epochs, a panel each; writes .png and .pdf."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"clean": "clean images", "fgsm": "FGSM, one step", "pgd20": "PGD-20"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.2), sharey=True, layout="constrained")
+    for axis, (column, title) in zip(axes, panels.items()):
+        for label, several in runs.items():
+            colour, line = STYLES.get(label, ("#777777", "-"))
+            split = several[0]["run"]["config"]["select_on"]
+            epochs = [row["epoch"] for row in several[0]["log"]]
+            values = list(zip(*([row[f"{split}_{column}"] for row in run["log"]] for run in several)))
+            axis.plot(epochs, [statistics.mean(v) for v in values], line, color=colour, label=label, linewidth=1.8)
+            if len(several) > 1:
+                axis.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy on held-out images (%)")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, options in (("png", {"dpi": 160}), ("pdf", {"metadata": {"CreationDate": None}})):
+        figure.savefig(path.with_suffix(f".{suffix}"), **options)
+    plt.close(figure)

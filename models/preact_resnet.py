@@ -1,0 +1,96 @@
+"""Pre-activation ResNet18 (He et al. 2016, arXiv:1603.05027) in the four forms of published weights.
+
+The field's files differ in two places, and the names of the parameters show only the second:
+
+    variant   the projection shortcut sees   BN and ReLU after the last block   used by
+    a         relu(bn1(x))                   no                                 FGSM-SDI, FGSM-PGI, CKPT
+    b         x                              yes                                fast_adversarial, N-FGSM
+    c         x                              no                                 GradAlign, VFSAT, RobustBench
+    d         relu(bn1(x))                   yes                                robust_overfitting, AWP
+
+So a file of variant a fits c, and b fits d, and the accuracy alone tells which it is.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.normalize import Normalize
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv twice plus shortcut; a bare 1x1 convolution projects where shapes differ."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, raw_shortcut: bool):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+        self.raw_shortcut = raw_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        if self.shortcut is None:
+            shortcut = x
+        else:
+            shortcut = self.shortcut(x if self.raw_shortcut else out)
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        return out + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Images (N, channels, H, W) in [0, 1] to logits (N, classes).
+
+    The pooling is global, which at 32x32 is the published `avg_pool2d(4)`, save at `image_size` 64: there the
+    published Tiny ImageNet network keeps that window, so that the last layer sees 2 x 2 positions.
+
+    Args:
+        normalize: the first layer.
+        classes: rows of the last layer.
+        channels: of the images.
+        width: channels of the first stage; the later ones have 2, 4 and 8 times as many.
+        image_size: side of the training images.
+        raw_shortcut: feed projection shortcuts with the block's input instead of its first activation.
+        final_bn: normalise and rectify once more before the pooling.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: Normalize,
+        classes: int,
+        channels: int,
+        width: int = 64,
+        image_size: int = 32,
+        raw_shortcut: bool = False,
+        final_bn: bool = False,
+    ):
+        super().__init__()
+        self.features = width
+        self.raw_shortcut = raw_shortcut
+        self.grid = 2 if image_size == 64 else 1
+        self.normalize = normalize
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.layer1 = self._stage(width, stride=1)
+        self.layer2 = self._stage(2 * width, stride=2)
+        self.layer3 = self._stage(4 * width, stride=2)
+        self.layer4 = self._stage(8 * width, stride=2)
+        self.bn = nn.BatchNorm2d(8 * width) if final_bn else None
+        self.linear = nn.Linear(8 * width * self.grid**2, classes)
+
+    def _stage(self, outputs: int, stride: int) -> nn.Sequential:
+        first = PreActBlock(self.features, outputs, stride, self.raw_shortcut)
+        self.features = outputs
+        return nn.Sequential(first, PreActBlock(outputs, outputs, 1, self.raw_shortcut))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.normalize(x))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        if self.bn is not None:
+            out = F.relu(self.bn(out))
+        height, width = out.shape[-2:]
+        return self.linear(F.avg_pool2d(out, (height // self.grid, width // self.grid)).flatten(1))

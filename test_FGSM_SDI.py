@@ -1,0 +1,128 @@
+"""Evaluates a checkpoint, of any method here and of the published repositories, as the papers' tables do.
+
+Clean accuracy; FGSM, PGD-10, -20 and -50 (one restart, random start); C&W (20 steps on the margin); APGD and AutoAttack
+(standard version, by pyautoattack, one attack at a time: an interrupted evaluation continues). The verdict is fp32, in
+eval mode, on inputs in [0, 1]. Writes evaluation.json, a verdict per image, and the adversarial images.
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine import data, evaluate, foreign, record
+from engine.config import Parser
+from engine.errors import Misuse, one_sentence
+from engine.run import chosen_device
+
+DATASET_OF = {(10, 1): "digits", (10, 3): "cifar10", (100, 3): "cifar100"}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model-path", required=True, help="the checkpoint")
+    parser.add_argument("--model", help="architecture, where the file leaves it open: a name from models, or a published one such as ResNet18")
+    parser.add_argument("--normalise", help="normalisation that the weights expect, where the file leaves it open: none, cifar10, cifar100, imagenet, ...")
+    parser.add_argument("--which", choices=["best", "last"], default="best", help="of a file that holds both")
+    parser.add_argument("--dataset", help="digits, cifar10 or cifar100; default: what the checkpoint says, or what its classes and channels fit")
+    parser.add_argument("--data-dir", default="data/", help="where data sets lie (default: data/)")
+    parser.add_argument("--norm", default="Linf", help="threat model: only Linf (default: Linf)")
+    parser.add_argument("--epsilon", type=float, help="radius in 255ths (default: the checkpoint's own, or 8)")
+    parser.add_argument("--pgd-alpha", type=float, help="step of PGD and C&W in 255ths (default: epsilon / 4)")
+    parser.add_argument("--attacks", default=",".join(evaluate.COLUMNS), help=f"columns to measure (default: {','.join(evaluate.COLUMNS)})")
+    parser.add_argument("--n-ex", type=int, help="the first N test images only (default: all)")
+    parser.add_argument("--batch-size", type=int, default=500, help="images per batch (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random starts and of AutoAttack (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--out-dir", help="where the results go (default: beside the checkpoint, in <name>-evaluation/)")
+    args = parser.parse_args(argv)
+    if args.norm != "Linf":
+        raise Misuse(f"--norm {args.norm}: only Linf is implemented")
+    for name in ("epsilon", "pgd_alpha", "n_ex", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise Misuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    return args
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Evaluates, prints, writes; returns what it wrote to evaluation.json."""
+    began = time.perf_counter()
+    columns = evaluate.columns_named(args.attacks)
+    device = chosen_device(args.device)
+    path = Path(args.model_path)
+    out_dir = Path(args.out_dir or path.with_name(path.stem + "-evaluation"))
+
+    said = {key: value for key, value in foreign.read(path).items() if isinstance(value, (int, float, str))}
+    name = args.dataset or said.get("dataset") or suitable_dataset(path, args.which)
+    dataset = data.load(name, args.data_dir)
+    x, y = torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test)
+    n = min(args.n_ex or len(x), len(x))
+    x, y = x[:n], y[:n]
+    model, report = foreign.load(
+        path, model=args.model, normalise=args.normalise, which=args.which, device=device,
+        images=data.to_images(torch.from_numpy(dataset.x_train[:1000])), labels=torch.from_numpy(dataset.y_train[:1000]))
+    if report["classes"] != dataset.classes:
+        raise Misuse(f"{path} has {report['classes']} classes, {name} has {dataset.classes}: choose another --dataset")
+    evaluate.check_finite(model, x)
+    epsilon = args.epsilon or said.get("epsilon") or 8.0
+    alpha = args.pgd_alpha or epsilon / 4
+    settings = dict(eps=epsilon / 255, seed=args.seed, batch_size=args.batch_size)
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    plain = [column for column in columns if column not in evaluate.AUTOATTACK_COLUMNS]
+    found: dict[str, torch.Tensor] = {}
+    seconds = {"loading": time.perf_counter() - began}
+    if plain:
+        began = time.perf_counter()
+        with tqdm(total=n, desc=", ".join(plain), unit="image", disable=None) as bar:
+            found.update(evaluate.verdicts(model, x, y, columns=plain, alpha=alpha / 255, progress=bar.update, **settings))
+        seconds["pgd"] = time.perf_counter() - began
+    if len(plain) < len(columns):
+        began = time.perf_counter()
+        found.update(evaluate.auto_attack(model, x, y, columns=columns, path=out_dir / "autoattack.pth", log=print_progress, **settings))
+        seconds["autoattack"] = time.perf_counter() - began
+
+    content = {
+        "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
+        "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
+        "seed": args.seed, "batch_size": args.batch_size, "metrics": evaluate.metrics(found),
+        "warnings": evaluate.warnings(found, dataset.classes, len(dataset.x_test)), "verdicts": "verdicts.npz",
+        "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **record.provenance(device, "fp32"),
+    }
+    np.savez_compressed(out_dir / "verdicts.npz", **{column: standing.numpy() for column, standing in found.items()})
+    record.write_json(content, out_dir / "evaluation.json")
+    show(content, out_dir)
+    return content
+
+
+def suitable_dataset(path: Path, which: str) -> str:
+    """The data set with as many classes and channels as the weights have, for a file that does not name its own."""
+    network = foreign.candidates(foreign.unwrap(foreign.read(path), which)[0])[0]
+    shape = network.classes, network.channels
+    if shape not in DATASET_OF:
+        raise Misuse(f"{path}: no data set here has {shape[0]} classes and {shape[1]} channels; say --dataset")
+    return DATASET_OF[shape]
+
+
+def print_progress(line: str) -> None:
+    print(line, flush=True)
+
+
+def show(content: dict, out_dir: Path) -> None:
+    """The papers' columns, as text."""
+    print(f"\n{content['model_path']}: {content['arch']} on {content['n']} test images of {content['dataset']}, "
+          f"epsilon {content['epsilon']:g}/255, fp32")
+    for column, metric in content["metrics"].items():
+        print(f"  {column:6s} {metric['value']:6.2f} %   (95 %: {metric['interval'][0]:.2f} to {metric['interval'][1]:.2f}, n = {metric['n']})")
+    for sentence in content["warnings"]:
+        print(f"warning: {sentence}")
+    print(f"written to {out_dir}/evaluation.json")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(parse())

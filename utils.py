@@ -1,0 +1,66 @@
+"""Tensor helpers that appear in the papers. Pure: tensors in, tensors out (the two contexts restore what they change)."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def project(delta: Tensor, eps: float) -> Tensor:
+    """The papers' projection onto [-eps, eps], with a derivative of 1 inside, 1/2 on the bound and 0 outside.
+
+    Written out because torch changed its own clamp's derivative on the bound between versions.
+    """
+    clamped = delta.detach().clamp(-eps, eps)
+    if not delta.requires_grad:
+        return clamped
+    magnitude = delta.detach().abs()
+    slope = ((magnitude < eps).to(delta.dtype) + (magnitude <= eps).to(delta.dtype)) / 2
+    return clamped + slope * (delta - delta.detach())  # the bracket is exactly zero: only its derivative counts
+
+
+def inside_image(delta: Tensor, x: Tensor) -> Tensor:
+    """The part of `delta` that keeps x + delta in [0, 1]; no gradient passes. Shapes alike."""
+    return delta.detach().clamp(-x, 1 - x)
+
+
+def soft_labels(y: Tensor, classes: int, factor: float) -> Tensor:
+    """(B,) int64 to (B, classes): `factor` on the true class, (1 - factor) / (classes - 1) on each other one.
+
+    This is FGSM-SDI's label factor, not torch's `label_smoothing` e: factor = 1 - e * (classes - 1) / classes.
+    """
+    target = torch.full((len(y), classes), (1 - factor) / (classes - 1), device=y.device)
+    return target.scatter_(1, y[:, None], factor)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of two (B, ...) tensors per sample, (B,); nan, with no gradient into it, where either one has norm zero."""
+    a, b = a.flatten(1), b.flatten(1)
+    zero = (a.detach().norm(dim=1) == 0) | (b.detach().norm(dim=1) == 0)
+    a, b = a.masked_fill(zero[:, None], 1), b.masked_fill(zero[:, None], 1)
+    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).masked_fill(zero, torch.nan)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """No gradient for the parameters of `module`: what an attack needs, and a third of a backward pass saved."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        yield module
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def eval_mode(module: nn.Module, enabled: bool = True) -> Iterator[nn.Module]:
+    """BatchNorm (and dropout) in evaluation mode, restored on leaving; does nothing unless `enabled`."""
+    was_training = module.training
+    try:
+        yield module.train(was_training and not enabled)
+    finally:
+        module.train(was_training)
