@@ -41,7 +41,8 @@ DEMOS = {
         common=("--dataset", "digits", "--epsilon", "76.5", "--epochs", "40", "--augment", "none", "--monitor", "clean,fgsm,pgd10,pgd20"),
         evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "cifar": Demo(
-        methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",), "FGSM-RS": ("train_fgsm_rs.py",),
+        methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",),
+                 "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"), "FGSM-RS": ("train_fgsm_rs.py",),
                  "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
         common=("--dataset", "cifar10", "--epsilon", "16", "--arch", "resnet18", "--width", "16", "--train-size", "8000",
                 "--val-size", "500", "--epochs", "16", "--lr-schedule", "cyclic", "--monitor", "clean,fgsm,pgd10,pgd20"),
@@ -67,14 +68,18 @@ class Step:
                                     env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if status or not self.product.is_file():
             return f"{self.label}, seed {self.seed}: {' '.join(self.command)} ended with status {status}; see {output}"
-        print(f"  {self.label:9s} seed {self.seed}: {self.what} done in {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"  {self.label}, seed {self.seed}: {self.what} done in {time.perf_counter() - began:.0f} s", flush=True)
         return None
+
+
+def run_name(label: str, seed: int) -> str:
+    return f"{label.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
 def steps(demo: Demo, label: str, seed: int, output: Path, data_dir: Path) -> tuple[Step, dict[str, Step]]:
     """A run's training, and the evaluation of each of its checkpoints."""
     script, *flags = demo.methods[label]
-    folder = output / f"{label.lower()}-seed{seed}"
+    folder = output / run_name(label, seed)
     shared = ["--data-dir", str(data_dir), "--device", "cpu", "--out-dir"]
     train = [script, *demo.common, *flags, "--seed", str(seed), *shared, str(folder)]
     evaluations = {
@@ -121,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         failures += [said for future in following if (said := future.result())]
     for (label, seed), (train, evaluations) in jobs.items():
         if all(step.product.is_file() for step in (train, *evaluations.values())):
-            collect(label, train, evaluations, results / f"{label.lower()}-seed{seed}.json")
+            collect(label, train, evaluations, results / f"{run_name(label, seed)}.json")
     minutes = (time.perf_counter() - began) / 60
     runs = show.read(results)
     if runs:

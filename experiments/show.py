@@ -8,7 +8,8 @@ from typing import Any
 
 HEADINGS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50", "cw": "C&W", "apgd": "APGD", "aa": "AA"}
 # Okabe & Ito's palette, which colour-blind readers can tell apart; a line style each besides.
-STYLES = {"FGSM-AT": ("#D55E00", ":"), "FGSM-RS": ("#E69F00", "--"), "FGSM-SDI": ("#0072B2", "-"), "FGSM-GA": ("#009E73", "-."), "PGD-AT": ("#000000", "-.")}
+STYLES = {"FGSM-AT": ("#D55E00", ":"), "FGSM-RS": ("#E69F00", "--"), "FGSM-SDI": ("#0072B2", "-"),
+          "FGSM-SDI, hard labels": ("#56B4E9", (0, (5, 1))), "FGSM-GA": ("#009E73", "-."), "PGD-AT": ("#000000", "-.")}
 
 Runs = dict[str, list[dict[str, Any]]]
 
