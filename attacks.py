@@ -106,7 +106,7 @@ def auto_attack(
         with torch.random.fork_rng():  # the attacks reseed torch globally
             runner = AutoAttack(model, eps=eps, seed=seed, device=next(model.parameters()).device)
             runner.attacks_to_run = [attack]
-            x_adv, predicted = runner.run_standard_evaluation(x, y, batch_size=batch_size)
+            x_adv, predicted = runner.run_standard_evaluation(x.contiguous(), y, batch_size=batch_size)  # it flattens by view
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])

@@ -47,7 +47,7 @@ def perturb(model, generator, x, y, s_x, eps, alpha):
 def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
-    generator = PerturbationGenerator(run.channels, inputs=cfg.generator_input, layout=cfg.generator_layout).to(run.device)
+    generator = PerturbationGenerator(run.channels, inputs=cfg.generator_input, layout=cfg.generator_layout)
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=cfg.generator_lr, weight_decay=5e-4)
     run.keep(generator=generator, generator_optimizer=generator_optimizer)
 

@@ -58,9 +58,10 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def eval_mode(module: nn.Module, enabled: bool = True) -> Iterator[nn.Module]:
-    """BatchNorm (and dropout) in evaluation mode, restored on leaving; does nothing unless `enabled`."""
-    was_training = module.training
+    """BatchNorm (and dropout) in evaluation mode, each layer's own mode restored; does nothing unless `enabled`."""
+    before = [(layer, layer.training) for layer in module.modules()]
     try:
-        yield module.train(was_training and not enabled)
+        yield module.eval() if enabled else module
     finally:
-        module.train(was_training)
+        for layer, training in before:
+            layer.training = training

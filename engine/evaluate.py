@@ -95,7 +95,7 @@ def auto_attack(
         For each of the columns asked for, (N,) bool on the CPU.
     """
     wanted = attacks.AUTOATTACK if "aa" in columns else attacks.AUTOATTACK[:1]
-    images = to_images(x)
+    images = to_images(x).contiguous()
     with trustworthy(), eval_mode(model):
         identity = _fingerprint(model, x, y, eps, seed, batch_size)
         state = _load_attacks(path, identity, log)

@@ -79,25 +79,18 @@ FAMILIES["preactresnest18"] = FAMILIES["preactresnet18"]  # so misspelt in all o
 TWINS = {"preactresnet18": "preactresnet18a", "wideresnet34-20": "wideresnet34-10"}
 """Names that at equal width build the same network as another name: never two candidates."""
 
-DECLARED = {
-    "arch": lambda value: value in models.NAMES,
-    "width": lambda value: type(value) is int and 0 < value < 10_000,
-    "image_size": lambda value: type(value) is int and 0 < value < 10_000,
-}
-"""What our own checkpoints say that their weights do not show, and what of it is believed."""
-
 
 @dataclass(frozen=True)
 class Origin:
     """Where in the file the weights were found, and what was done to them.
 
     container: the entries on the way to the weights, "raw" when the file holds nothing else; prefix: what
-    every key began with; declared: the `DECLARED` entries beside the weights; notes: sentences.
+    every key began with; arch: the network of ours that the file names, if it does; notes: sentences.
     """
 
     container: str
     prefix: str
-    declared: dict[str, Any]
+    arch: str | None
     notes: list[str]
 
 
@@ -136,7 +129,6 @@ class _Inert:
     """Stands for what a file names that is not data: takes any construction, call, state or item."""
 
     origin = ""  # the name that the file asked for
-    dump_patches = False  # torch reads it off what an old file calls a module, and would write a patch file
 
     def __new__(cls, *args: Any, **named: Any) -> _Inert:
         return object.__new__(cls)
@@ -290,7 +282,7 @@ def unwrap(container: dict[str, Any], which: str = "best") -> tuple[dict[str, Te
     """
     if which not in SNAPSHOTS:
         raise Misuse(f"snapshot {which!r} is unknown: allowed are {', '.join(SNAPSHOTS)}")
-    state, way, declared = container, [], {}
+    state, way, arch = container, [], None
     while held := [key for key in CONTAINERS if isinstance(state.get(key), (dict, _Inert))]:
         key = which if held[0] in SNAPSHOTS else held[0]
         if key not in held:
@@ -299,8 +291,7 @@ def unwrap(container: dict[str, Any], which: str = "best") -> tuple[dict[str, Te
             raise Misuse(f"under {key!r} it {_pickled(state[key])}")
         if len(way) == 3:
             raise Misuse(f"no weights within {'/'.join(way)}: save a state_dict")
-        declared = {name: state[name] for name, believed in DECLARED.items()
-                    if name in state and believed(state[name])}
+        arch = next((name for name in models.NAMES if name == state.get("arch")), None)
         way.append(key)
         state = _plain(state[key])
     _check_weights(state)
@@ -320,7 +311,7 @@ def unwrap(container: dict[str, Any], which: str = "best") -> tuple[dict[str, Te
     for key, value in state.items():
         if not value.isfinite().all():
             raise Misuse(f"{key} holds a value that is not finite: take a checkpoint from before")
-    return state | carried, Origin("/".join(way) or "raw", prefix, declared, notes)
+    return state | carried, Origin("/".join(way) or "raw", prefix, arch, notes)
 
 
 def _check_weights(state: dict[Any, Any]) -> None:
@@ -333,6 +324,8 @@ def _check_weights(state: dict[Any, Any]) -> None:
         if not isinstance(key, str) or not dense or value.is_quantized or value.is_complex():
             kind = value.origin if isinstance(value, _Inert) else type(value).__name__
             raise Misuse(f"among its weights, {key} is no dense array of numbers ({kind}): save a state_dict")
+        if not 0 < value.numel() < 2**28:  # an expanded tensor may claim any size
+            raise Misuse(f"{key} has shape {tuple(value.shape)}, as in no network here: save a state_dict")
 
 
 def _peel(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], str, dict[str, Tensor]]:
@@ -363,52 +356,49 @@ def _peel(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor]
 # Which networks fit -----------------------------------------------------------------------------------------
 
 def candidates(
-    state_dict: dict[str, Tensor], *, declared: dict[str, Any] | None = None,
+    state_dict: dict[str, Tensor], *, arch: str | None = None,
     model: str | None = None, normalise: str | None = None,
 ) -> list[Candidate]:
     """Every network and normalisation that these weights could belong to, the likelier first; at least one.
 
     Args:
         state_dict: as `unwrap` returns it.
-        declared: what the file says about itself, `Origin.declared`.
-        model: a name from `models` or of the published scripts, in any case: it overrules `declared`.
+        arch: the network that the file names, `Origin.arch`.
+        model: a name from `models` or of the published scripts, in any case: it overrules `arch`.
         normalise: a name from `NORMALISATIONS`: it overrules what the file holds.
 
     Raises:
         Misuse: an unknown name, or weights that fit no network that is allowed, naming up to five keys.
     """
-    declared = declared or {}
     weights = {key: value for key, value in state_dict.items() if key not in NORMALISATION_KEYS[0]}
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    fits = _fits(shapes, _allowed(model, declared), declared)
+    fits = _fits(shapes, _allowed(model, arch))
     carried = [tuple(state_dict[key].tolist()) for key in NORMALISATION_KEYS[0] if key in state_dict]
     return [Candidate(*fit, *normalisation) for fit in fits
             for normalisation in _normalisations(carried, normalise, classes=fit[1], channels=fit[2])]
 
 
-def _allowed(model: str | None, declared: dict[str, Any]) -> tuple[str, ...]:
-    said = declared.get("arch")
+def _allowed(model: str | None, arch: str | None) -> tuple[str, ...]:
     if model is None:
-        return (said,) if said else models.NAMES
+        return (arch,) if arch else models.NAMES
     names = FAMILIES.get(model.lower()) or tuple(name for name in models.NAMES if name == model.lower())
     if not names:
         raise Misuse(f"--model {model} is unknown: allowed are {', '.join(models.NAMES)}")
-    return (said,) if TWINS.get(said, said) in names else names
+    return (arch,) if TWINS.get(arch, arch) in names else names  # within a family the file decides
 
 
-def _fits(shapes: dict[str, tuple], names: tuple[str, ...], declared: dict[str, Any]) -> list[tuple]:
+def _fits(shapes: dict[str, tuple], names: tuple[str, ...]) -> list[tuple]:
     """Candidates without their normalisation, as tuples in the order of their fields."""
-    classes = next((shape[0] for shape in reversed(shapes.values()) if len(shape) == 2), 10)
-    channels = next((shape[1] for shape in shapes.values() if len(shape) == 4), 3)
-    stem, first = (shapes.get(key, (0,))[0] for key in ("conv1.weight", "block1.layer.0.conv1.weight"))
-    widths = dict.fromkeys((declared.get("width"), None, stem or None, first // 16 or None))
-    sizes = dict.fromkeys((declared.get("image_size", 32), 32, 64))  # only at 64 is there another last layer
+    classes = next((shape[0] for shape in shapes.values() if len(shape) == 2), 10)  # the head's
+    stem, wide = (shapes.get(key, ()) for key in ("conv1.weight", "block1.layer.0.conv1.weight"))
+    channels = stem[1] if len(stem) == 4 else 3
+    widths = [None, *(w for w in (*stem[:1], *(first // 16 for first in wide[:1])) if 0 < w < 10_000)]
     for without in ((), (NEVER_CALLED,)):
         kept = {key: shape for key, shape in shapes.items() if not key.startswith(without)}
         for width in widths:
             found = {}
             for name in names:
-                for size in sizes:
+                for size in (32, 64):  # only at 64 is there another last layer
                     missing, unexpected, misshaped = _differences(kept, name, classes, channels, width, size)
                     if missing or unexpected:  # no size changes the names
                         break
@@ -501,9 +491,10 @@ def load(
             Where several networks fit, the one that is right on most of them is taken.
 
     Returns:
-        The network, and a dict that json can write: path, container, prefix, arch, classes, channels, width,
-        image_size, normalise, mean, std, candidates (arch, normalise and accuracy in percent, None where
-        there was nothing to compare), reason (why this one), notes (what was changed or deserves doubt).
+        The network, and a dict that json can write: path, container, prefix, arch, classes, channels, width
+        (None: the architecture's own), normalise, mean, std, candidates (arch, normalise and accuracy in
+        percent, None where there was nothing to compare), reason (why this one), notes (what was changed or
+        deserves doubt).
 
     Raises:
         Misuse: the file or a name is not usable, the weights do not fit, or several networks fit and there
@@ -512,7 +503,7 @@ def load(
     container = read(path)
     with _naming(path):
         weights, origin = unwrap(container, which)
-        found = candidates(weights, declared=origin.declared, model=model, normalise=normalise)
+        found = candidates(weights, arch=origin.arch, model=model, normalise=normalise)
         if len(found) == 1:
             chosen, net, accuracies = found[0], found[0].build(weights).to(device), [None]
         else:
@@ -525,12 +516,11 @@ def load(
                     chosen, net = candidate, trial
                 accuracies.append(accuracy)
     reason, doubts = _justified(found, accuracies, chosen, 0 if images is None else len(images))
-    notes = origin.notes + _overruled(chosen, origin.declared, weights, model, normalise) + doubts
+    notes = origin.notes + _overruled(chosen, origin.arch, weights, model, normalise) + doubts
     return net, {
         "path": str(path), "container": origin.container, "prefix": origin.prefix,
         "arch": chosen.arch, "classes": chosen.classes, "channels": chosen.channels, "width": chosen.width,
-        "image_size": chosen.image_size, "normalise": chosen.normalise,
-        "mean": list(chosen.mean), "std": list(chosen.std),
+        "normalise": chosen.normalise, "mean": list(chosen.mean), "std": list(chosen.std),
         "candidates": [{"arch": candidate.arch, "normalise": candidate.normalise, "accuracy": accuracy}
                        for candidate, accuracy in zip(found, accuracies)],
         "reason": reason, "notes": notes,
@@ -588,13 +578,12 @@ def _justified(
 
 
 def _overruled(
-    chosen: Candidate, declared: dict[str, Any], weights: dict[str, Tensor],
-    model: str | None, normalise: str | None,
+    chosen: Candidate, arch: str | None, weights: dict[str, Tensor], model: str | None, normalise: str | None,
 ) -> list[str]:
     notes = [f"left out {beginning}*: {chosen.arch} has no such block, and no network calls it"
              for beginning in chosen.without]
-    if model is not None and declared.get("arch", chosen.arch) != chosen.arch:
-        notes.append(f"--model {model} overrules the file, which says {declared['arch']}")
+    if arch not in (None, chosen.arch):
+        notes.append(f"--model {model} overrules the file, which says {arch}")
     if normalise is not None and NORMALISATION_KEYS[0][0] in weights:
         mean, std = (weights[key].tolist() for key in NORMALISATION_KEYS[0])
         if any(abs(a - b) > 1e-6 for a, b in zip((*mean, *std), (*chosen.mean, *chosen.std))):

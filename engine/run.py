@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -61,6 +62,7 @@ class Run:
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = self._find_saved()
         if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         elif self.device.type == "cuda":
@@ -116,7 +118,7 @@ class Run:
         """
         for name, kept in objects.items():
             if isinstance(kept, nn.Module):
-                kept.to(self.device)
+                kept.to(self.device, memory_format=torch.channels_last)
             self._kept[name] = kept
             if self._saved is not None and name in self._saved["kept"]:
                 checkpoint.restore(kept, self._saved["kept"][name], name)
@@ -262,6 +264,7 @@ class Run:
                 "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self._precision),
                 "processes": distributed.world(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
                 "images_per_second": self._data.n * self.cfg.epochs / self._seconds["training"], "updates": self.step,
+                "evaluation": {"seed": self.cfg.seed, "batch_size": self._evaluation_batch, "pgd_alpha": self.cfg.epsilon / 4},
                 "checkpoints": {"best": at(self._best["epoch"], self._best["weights"]), "last": at(self.cfg.epochs, last)},
             }, self.out_dir / "result.json")
             print(f"done: {self.out_dir}/best.pth (epoch {self._best['epoch']}) and last.pth; "
@@ -286,6 +289,7 @@ class Run:
         self._held_out = torch.from_numpy(x_val[part]), torch.from_numpy(y_val[part])
         self._held_out_n = len(x_val)
         self._columns = evaluate.columns_named(cfg.monitor)
+        self._evaluation_batch = max(cfg.batch_size, 128)
         self._criterion = f"{cfg.select_on}_pgd10"
         crop = cfg.augment == "crop"
         self._data = data.Batches(
@@ -350,7 +354,7 @@ class Run:
         began = time.perf_counter()
         found = evaluate.verdicts(
             network, *self._held_out, columns=self._columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
-            seed=self.cfg.seed + distributed.rank(), batch_size=max(self.cfg.batch_size, 128))
+            seed=self.cfg.seed + distributed.rank(), batch_size=self._evaluation_batch)
         counts = torch.tensor([float(found[column].sum()) for column in self._columns], dtype=torch.float64, device=self.device)
         distributed.sum_([counts])
         self._seconds["evaluation"] += self._clock() - began
