@@ -86,12 +86,14 @@ def main(args: argparse.Namespace) -> dict:
         found.update(evaluate.auto_attack(model, x, y, columns=columns, path=out_dir / "autoattack.pth", log=print_progress, **settings))
         seconds["autoattack"] = time.perf_counter() - began
 
+    with evaluate.trustworthy():  # so that what is written is as it was while measuring
+        provenance = record.provenance(device, "fp32")
     content = {
         "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
         "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
         "seed": args.seed, "batch_size": args.batch_size, "metrics": evaluate.metrics(found),
         "warnings": evaluate.warnings(found, dataset.classes, len(dataset.x_test)), "verdicts": "verdicts.npz",
-        "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **record.provenance(device, "fp32"),
+        "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **provenance,
     }
     np.savez_compressed(out_dir / "verdicts.npz", **{column: standing.numpy() for column, standing in found.items()})
     record.write_json(content, out_dir / "evaluation.json")

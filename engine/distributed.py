@@ -36,7 +36,7 @@ def world() -> int:
 def shard(n: int) -> slice:
     """This process's contiguous part of n items, the parts differing by at most one item."""
     r, w = rank(), world()
-    return slice(n * r // w, n * (r + 1) // w)
+    return slice(-(-n * r // w), -(-n * (r + 1) // w))  # rounded up: the first process always has something
 
 
 def sum_(tensors: list[Tensor]) -> None:
@@ -46,18 +46,20 @@ def sum_(tensors: list[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def agree(decision: bool, device: torch.device) -> bool:
-    """True everywhere if it is true on any process."""
-    flag = torch.tensor(float(decision), device=device)
-    sum_([flag])
-    return bool(flag.item())
+def most(value: int, device: torch.device) -> int:
+    """The largest value on any process."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
 
 
 def copy_from_first(tensors: list[Tensor]) -> None:
     """Each tensor becomes that of the first process, in place."""
     if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+        for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
+            work.wait()
 
 
 def wait() -> None:

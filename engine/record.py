@@ -91,7 +91,8 @@ def _commit() -> dict[str, Any]:
             raise FileNotFoundError
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("SOURCE_COMMIT"), "dirty": "SOURCE_COMMIT" not in os.environ}
+        commit = os.environ.get("SOURCE_COMMIT") or None
+        return {"commit": commit, "dirty": commit is None}
 
 
 def _version(package: str) -> str | None:

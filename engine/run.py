@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from engine.schedule import SCHEDULES
 
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device"}
 """The flags that a resumed run may be given anew."""
+
+
+_STOP = 2  # more than 1, which is to save and go on
 
 
 class Classifier(nn.Module):
@@ -129,17 +132,26 @@ class Run:
         Between two batches it saves when it is time to; after an epoch it evaluates, logs and saves; after the last
         one it writes result.json.
         """
+        fresh = self._saved is None
         self._restore()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
-        if distributed.rank() == 0:
-            record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")
-        self._deadline = self._began + 60 * self.cfg.time_limit if self.cfg.time_limit else float("inf")
+        limit = self.cfg.time_limit
+        self._deadline = float("inf") if limit is None else self._began + 60 * limit
         self._last_save = time.perf_counter()
-        while self.epoch < self.cfg.epochs:
-            yield from self._epoch()
-            self._end_of_epoch()
-        self._finish()
+        self._buffers = [buffer for kept in self._kept.values() if isinstance(kept, nn.Module) for buffer in kept.buffers()]
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._ask_to_stop) if main_thread else None
+        try:
+            if self.epoch < self.cfg.epochs or not (self.out_dir / "result.json").is_file():
+                self._write_config(fresh)
+                while self.epoch < self.cfg.epochs:
+                    yield from self._epoch()
+                    self._end_of_epoch()
+                self._finish()
+        finally:
+            if main_thread:
+                signal.signal(signal.SIGTERM, before)
+            if self._lock is not None:
+                self._lock.close()
 
     def update(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None, *, logits: Tensor | None = None) -> None:
         """One descent step of `optimizer` (the classifier's when not given) on `loss`, the mean over this process's batch.
@@ -158,19 +170,22 @@ class Run:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
-        value = loss.detach().double()
+        value = loss.detach().to(torch.float64, copy=True)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if distributed.world() > 1:
-            torch._foreach_mul_(gradients, len(self._labels) / self._global_batch)
-            value = value * (len(self._labels) / self._global_batch)
+            share = len(self._labels) / self._global_batch
+            for shared in (*gradients, value):
+                shared.mul_(share) if share else shared.zero_()  # the mean over no images is nan
             distributed.sum_([*gradients, value])
-        self._watch(value, gradients, optimizer)
+        undo = self._watch(value, parameters, optimizer)
         if main:
             rates = SCHEDULES[self.cfg.lr_schedule](self.step, self.total, self._updates_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = self.cfg.lr * rates.lr
                 group["momentum"] = rates.momentum if self.cfg.cycle_momentum else 0.9
         optimizer.step()
+        undo()
+        distributed.copy_from_first(self._buffers)  # BatchNorm's averages: those of the first process's images
         if not main:
             return
         self.step += 1
@@ -205,16 +220,22 @@ class Run:
             yield x, y, index
             self.batch += 1
             bar.update()
-            now = time.perf_counter()
-            stop = self._asked_to_stop or now > self._deadline
-            if self.batch < len(self._data) and (stop or now > self._last_save + 60 * self.cfg.save_every):
+            if self.batch < len(self._data) and (wanted := self._wanted()):
                 self._seconds["training"] += self._clock() - began
                 self._save()
-                if stop:
+                if wanted == _STOP:
                     self._leave()
                 began = time.perf_counter()
         bar.close()
         self._seconds["training"] += self._clock() - began
+
+    def _wanted(self) -> int:
+        """Whether it is time to save, or to save and stop; the same on all processes, though a signal reaches only one."""
+        if distributed.world() > 1 and self.device.type == "cuda" and self.batch % 20:
+            return 0  # asking makes a GPU wait
+        now = time.perf_counter()
+        wanted = _STOP if self._asked_to_stop or now > self._deadline else int(now > self._last_save + 60 * self.cfg.save_every)
+        return distributed.most(wanted, self.device)
 
     def _end_of_epoch(self) -> None:
         self._read()
@@ -247,7 +268,7 @@ class Run:
                 checkpoint.save(self._weights(row["weights"], row["epoch"]), self.out_dir / "best.pth")
             record.write_lines(self._history, self.out_dir / "log.jsonl")
         self._save()
-        if self.epoch < self.cfg.epochs and (self._asked_to_stop or time.perf_counter() > self._deadline):
+        if self.epoch < self.cfg.epochs and self._wanted() == _STOP:
             self._leave()
 
     def _finish(self) -> None:
@@ -270,7 +291,6 @@ class Run:
             print(f"done: {self.out_dir}/best.pth (epoch {self._best['epoch']}) and last.pth; "
                   f"evaluate with: python test_FGSM_SDI.py --model_path {self.out_dir}/best.pth --data-dir {self.cfg.data_dir}")
         distributed.wait()
-        self._unlock()
 
     # ---- what goes on inside ------------------------------------------------------------------------------------
 
@@ -319,21 +339,30 @@ class Run:
         noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return fill(noise)[distributed.shard(self._global_batch)]
 
-    def _watch(self, loss: Tensor, gradients: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Keeps a loss that is not finite away from the weights, without making a GPU wait for the answer."""
+    def _watch(self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """Keeps a loss that is not finite away from the weights, without making a GPU wait for the answer.
+
+        Returns:
+            What is to be called after the optimizer's step.
+        """
         finite = torch.isfinite(loss)
         if not self._deferred:
             if not finite:
                 self._bad_step.fill_(self.step)
                 self._read()
-            return
+            return lambda: None
         self._bad_step.copy_(torch.where(finite | (self._bad_step >= 0), self._bad_step, self.step))
         good = self._bad_step < 0
         if optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~good).float()
-        else:
-            for gradient in gradients:
-                gradient.copy_(torch.where(good, gradient, 0))
+            optimizer.found_inf = (~good).float()  # a fused optimizer then leaves out its step
+            return lambda: None
+        before = [parameter.detach().clone() for parameter in parameters]
+
+        def undo() -> None:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before):
+                    parameter.copy_(torch.where(good, parameter, value))
+        return undo
 
     def _read(self) -> None:
         if (step := int(self._bad_step)) >= 0:
@@ -417,11 +446,18 @@ class Run:
             return None
         saved = checkpoint.load_state(path)
         wanted = {"method": cfg.METHOD, **dataclasses.asdict(cfg)}
-        for name in wanted.keys() | saved["config"].keys():
+        for name in [*wanted, *(saved["config"].keys() - wanted.keys())]:
             if name not in MAY_CHANGE and saved["config"].get(name) != wanted.get(name):
                 raise Misuse(f"{path} was saved with {name} {saved['config'].get(name)}, this run has {wanted.get(name)}: give the same, "
                              "or --resume never to start again, or another --out-dir")
         return saved
+
+    def _write_config(self, fresh: bool) -> None:
+        """config.json; and what another run left here goes before a new one begins."""
+        if distributed.rank() == 0:
+            for name in ("state.pth", "result.json", "log.jsonl", "best.pth", "last.pth") if fresh else ():
+                (self.out_dir / name).unlink(missing_ok=True)
+            record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")
 
     def _restore(self) -> None:
         """Takes up the rest of a saved run, now that everything has been kept."""
@@ -454,12 +490,7 @@ class Run:
         if distributed.rank() == 0:
             print(f"saved {self.out_dir}/state.pth at epoch {self.epoch + 1}, batch {self.batch}; run the same command again to continue")
         distributed.wait()
-        self._unlock()
         raise SystemExit(0)
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
 
 def chosen_device(name: str) -> torch.device:

@@ -1,12 +1,12 @@
 """What happens between two batches: data, noise, updates, the weight average, the files, and several processes."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -145,7 +145,6 @@ def noises(out_dir: Path, kind: str = "uniform", stop_at: int = -1, twice: bool 
     run, drawn = engine.Run(configuration(out_dir, **more)), {}
     for x, y, _ in run.batches():
         if run.step == stop_at:
-            run._unlock()
             break
         drawn[run.step] = getattr(run, kind)(x)
         if twice:
@@ -222,7 +221,6 @@ def test_update_computes_gradients_of_its_optimizer_alone(tmp_path):
             assert torch.equal(p, value) and p.grad is gradient
         assert run.step == step + 1
         if run.step == 3:
-            run._unlock()
             break
 
 
@@ -273,7 +271,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(bad, tmp_path):
 @pytest.mark.parametrize("reading", ["the end of the epoch", "a save"])
 def test_a_device_that_does_not_wait_reports_it_at_the_next_reading(bad_step, reading, tmp_path):
     """As on a GPU: until somebody reads, the updates from the bad one on change nothing."""
-    run = engine.Run(configuration(tmp_path, ema=0.5))
+    run = engine.Run(configuration(tmp_path, ema=0.5, lr_schedule="constant"))
     run._deferred = True
     read_after = 4 if reading == "a save" else 5
     seen = 0
@@ -285,10 +283,8 @@ def test_a_device_that_does_not_wait_reports_it_at_the_next_reading(bad_step, re
             run.update(loss * float("nan") if seen == bad_step else loss)
             moved = [not torch.equal(a, b) for a, b in zip(before, run.network.parameters())]
             assert all(moved) if seen < bad_step else not any(moved)
-            if seen >= bad_step:
-                for a, b in zip(momenta, run_momenta(run)):
-                    assert torch.equal(a, b)
-                assert all(not m.any() for m in run_momenta(run)[len(momenta):])
+            if seen >= bad_step > 0:  # a buffer that a left-out update makes holds nothing yet, and nobody comes to use it
+                assert momenta and all(torch.equal(a, b) for a, b in zip(momenta, run_momenta(run)))
             seen += 1
             if reading == "a save" and seen == 4:
                 run._last_save = -float("inf")  # a save is due
@@ -532,16 +528,16 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_help_lists_every_flag_with_its_help(train_script):
     script = importlib.import_module(train_script)
-    shown = " ".join(config.parser(script.Config, script.__doc__).format_help().split())
-    assert " ".join(script.__doc__.split()) in shown, "the docstring"
+    text = config.parser(script.Config, script.__doc__).format_help()
+    usage, shared, own = re.split(r"shared by all methods:|of this method:", text)
+    assert "".join(script.__doc__.split()) in "".join(usage.split())
+    of_all = {field.name for field in dataclasses.fields(engine.Config)}
     for field in dataclasses.fields(script.Config):
-        text = config._metadata(script.Config, field)["help"]
-        assert config.spelled(field.name) in shown and " ".join(text.split()) in shown, field.name
-    own = {field.name for field in dataclasses.fields(script.Config)} - {field.name for field in dataclasses.fields(engine.Config)}
-    shared_at, own_at = shown.find("shared by all methods"), shown.find("of this method")
-    assert shared_at > 0
-    for name in own:
-        assert shown.rfind(config.spelled(name) + " ") > own_at > shared_at, "shared flags first, then the method's"
+        part, other = (shared, own) if field.name in of_all else (own, shared)
+        flag = re.compile(rf"^  {config.spelled(field.name)}\b", re.MULTILINE)
+        assert flag.search(part) and not flag.search(other), f"{field.name}: shared flags first, then the method's"
+        explained = config._metadata(script.Config, field)["help"]
+        assert len(explained) > 4 and "".join(explained.split()) in "".join(part.split()), field.name
 
 
 def test_help_ends_the_command_well(train_script, tiny):
@@ -560,18 +556,23 @@ def test_flags_are_spelled_with_dashes_or_underscores(train_script):
     assert (configurations[0].batch_size, configurations[0].out_dir) == (17, "a_b-c")
 
 
+PAPER = dict(arch="resnet18", epochs=110, batch_size=128, lr=0.1, lr_schedule="multistep", weight_decay=5e-4, epsilon=8.0, val_size=1000)
+
+
 @pytest.mark.parametrize("dataset, expected", [
-    ("digits", dict(arch="resnet8", epochs=30, batch_size=64, lr=0.2, lr_schedule="cyclic", weight_decay=5e-4, epsilon=76.5, val_size=137)),
-    *[(name, dict(arch="resnet18", epochs=110, batch_size=128, lr=0.1, lr_schedule="multistep", weight_decay=5e-4, epsilon=8.0,
-                  val_size=1000)) for name in ("cifar10", "cifar100")],
-])
+    ("cifar10", PAPER), ("cifar100", PAPER), ("digits", dict(arch="resnet8", lr_schedule="cyclic", val_size=137))])
 def test_recipes_of_the_data_sets(dataset, expected):
     cfg = engine.Config.parse("", ["--dataset", dataset])
     assert {name: getattr(cfg, name) for name in expected} == expected
-    assert engine.Config.parse("", []).dataset == "cifar10"
     given = engine.Config.parse("", ["--dataset", dataset, "--epochs", "7", "--lr", "0.01", "--epsilon", "4"])
     assert (given.epochs, given.lr, given.epsilon, given.eps) == (7, 0.01, 4, 4 / 255)
-    assert given.batch_size == expected["batch_size"], "what is not given keeps the recipe's value"
+    assert given.batch_size == cfg.batch_size and given.arch == cfg.arch, "what is not given keeps the recipe's value"
+
+
+def test_defaults_that_do_not_depend_on_the_data_set():
+    cfg = engine.Config.parse("", [])
+    assert (cfg.dataset, cfg.data_dir, cfg.select_on, cfg.seed, cfg.device) == ("cifar10", "data/", "val", 0, "auto")
+    assert (cfg.resume, cfg.ema, cfg.label_factor, cfg.precision) == ("auto", 0, 1, "auto")
 
 
 @pytest.mark.parametrize("script, flags, multiple", [
@@ -580,9 +581,9 @@ def test_recipes_of_the_data_sets(dataset, expected):
 ])
 def test_step_sizes_follow_epsilon(script, flags, multiple):
     parse = importlib.import_module(script).Config.parse
-    for epsilon in (8, 12, 76.5):
-        assert parse("", [*flags, "--epsilon", str(epsilon)]).alpha == pytest.approx(multiple * epsilon)
-    assert parse("", [*flags, "--dataset", "digits"]).alpha == pytest.approx(multiple * 76.5)
+    for more in (["--epsilon", "8"], ["--epsilon", "12.5"], ["--dataset", "digits"]):
+        cfg = parse("", [*flags, *more])
+        assert cfg.alpha == pytest.approx(multiple * cfg.epsilon)
     assert parse("", [*flags, "--alpha", "3"]).alpha == 3
 
 
@@ -593,7 +594,6 @@ def test_the_cyclic_schedule_has_the_papers_peak(script, peak):
     assert parse("", ["--lr-schedule", "cyclic", "--epochs", "30"]).lr == peak
     assert parse("", ["--lr-schedule", "cyclic", "--lr", "0.05"]).lr == 0.05
     assert parse("", []).lr == 0.1
-    assert parse("", ["--dataset", "digits"]).lr == peak
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ if "float64" in patches:
     torch.set_default_dtype(torch.float64)
 if "nobatchnorm" in patches:
     models.build = lambda name, *, classes, channels, **_: NoBatchNorm(channels, classes)
-if "onerank" in patches:  # a signal reaches one process before the other
+if "onerank" in patches:  # a signal reaches one process alone
     update = engine.Run.update
 
     def update_and_ask(run, *arguments, **named):
@@ -640,22 +640,28 @@ engine.launch(module.main, module.Config, module.__doc__)
 
 
 @pytest.fixture
-def processes(tmp_path):
-    """A function that trains with so many processes; returns the directory."""
+def processes(tmp_path, monkeypatch):
+    """A function that trains with so many processes (one: this one); returns the directory."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
 
     def launch(count: int, name: str, patches: str, script: str, *flags: Any) -> Path:
         shared = ("--dataset", "digits", "--device", "cpu", "--epochs", 2, "--val-size", 40, "--out-dir", tmp_path / name)
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count] if count > 1 else [sys.executable]
-        command = [str(word) for word in (*start, driver, patches, script, *shared, *flags)]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"PYTHONPATH": str(Path(engine.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        arguments = [str(word) for word in (driver, patches, script, *shared, *flags)]
+        if count == 1:
+            for holder, attribute in ((models, "build"), (engine.Run, "update"), (sys, "argv")):
+                monkeypatch.setattr(holder, attribute, getattr(holder, attribute))  # put back after the test
+            sys.argv = arguments
+            runpy.run_path(str(driver))
+            return tmp_path / name
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *arguments]
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": str(record.ROOT), "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            output = process.communicate(timeout=90)[0]
+            output = process.communicate(timeout=180)[0]
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its processes
+            process.terminate()  # torchrun ends its processes, in half a minute where they hang
             pytest.fail(f"{count} processes wait for each other for ever:\n{process.communicate()[0][-2000:]}")
         assert process.returncode == 0, output[-4000:]
         return tmp_path / name
@@ -666,7 +672,7 @@ def processes(tmp_path):
 def test_two_processes_compute_what_one_does(processes):
     """71 images in batches of 16: the last one has 7, which two processes share as 3 and 4."""
     flags = ("float64 nobatchnorm", "rs", "--train-size", 71, "--batch-size", 16, "--ema", 0.9)
-    one, two = processes(1, "one", *flags), processes(2, "two", *flags)
+    two, one = processes(2, "two", *flags), processes(1, "one", *flags)
     for name in ("last", "best"):
         a, b = (torch.load(path / f"{name}.pth", weights_only=True) for path in (one, two))
         assert a["epoch"] == b["epoch"]
@@ -683,7 +689,7 @@ def test_two_processes_compute_what_one_does(processes):
 def test_a_last_batch_smaller_than_the_processes(processes):
     """33 images in batches of 16: one process has nothing to do in the last batch, and must not spoil it."""
     flags = ("float64 nobatchnorm", "rs", "--train-size", 33, "--batch-size", 16)
-    one, two = processes(1, "one", *flags), processes(2, "two", *flags)
+    two, one = processes(2, "two", *flags), processes(1, "one", *flags)
     a, b = (torch.load(path / "last.pth", weights_only=True)["state_dict"] for path in (one, two))
     assert all(torch.allclose(a[key], b[key], rtol=1e-9, atol=1e-12) for key in a)
 
@@ -691,11 +697,11 @@ def test_a_last_batch_smaller_than_the_processes(processes):
 def test_processes_agree_to_stop_and_go_on_exactly(processes, differences):
     """A signal, or a clock, may ask one process only; and each process's BatchNorm must be that of the file again."""
     flags = ("pgd", "--attack-bn", "eval", "--steps", 2, "--train-size", 71, "--batch-size", 16)
-    whole = processes(2, "whole", "", *flags)
     stopped = processes(2, "stopped", "onerank", *flags)
     assert not (stopped / "result.json").exists()
-    assert torch.load(stopped / "state.pth", weights_only=True)["position"]["step"] == 2
+    assert 2 <= torch.load(stopped / "state.pth", weights_only=True)["position"]["step"] < 10
     processes(2, "stopped", "", *flags)
+    whole = processes(2, "whole", "", *flags)
     states = [torch.load(path / "state.pth", weights_only=True) for path in (whole, stopped)]
     assert differences(*(state["kept"] for state in states)) == []
     assert differences(*(state["history"] for state in states)) == []
@@ -703,6 +709,6 @@ def test_processes_agree_to_stop_and_go_on_exactly(processes, differences):
 
 def test_processes_measure_the_weights_that_they_save(processes):
     """BatchNorm's averages are a process's own in training; what is logged must be of those in the file."""
-    out_dir = processes(2, "run", "", "rs", "--train-size", 400, "--batch-size", 16, "--epochs", 3)
-    rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["val_clean"] == pytest.approx(clean_accuracy(out_dir / "last.pth", held_out=40))
+    out_dir = processes(2, "run", "", "rs", "--train-size", 400, "--batch-size", 8, "--val-size", 300, "--epsilon", 10)
+    row = json.loads((out_dir / "log.jsonl").read_text().splitlines()[-1])
+    assert row["val_clean"] == pytest.approx(clean_accuracy(out_dir / "last.pth", held_out=300))

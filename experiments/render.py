@@ -1,0 +1,104 @@
+"""Puts the measured tables into README.md and docs/methods.md, between their markers: `make readme`.
+
+Only from the JSON files of results/, and only when all of them come from clean trees.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from engine.errors import Failure, one_sentence
+from experiments import show
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with what stands between <!-- name --> and <!-- /name --> replaced.
+
+    Raises:
+        Failure: there are no such markers.
+    """
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise Failure(f"there are no markers <!-- {name} --> in the page")
+    return pattern.sub(lambda found: found[1] + content + "\n" + found[2], text)
+
+
+def demo(name: str) -> str:
+    """A demo's table in Markdown, and what it was measured on."""
+    runs = show.read(ROOT / "results" / f"demo-{name}")
+    if not runs:
+        return "Not measured yet."
+    if show.is_dirty(runs):
+        raise Failure(f"results/demo-{name} holds numbers from a tree that differs from its commit: measure them again")
+    facts = show.facts(runs)
+    spread = "mean (lowest to highest) over seeds" if facts["seeds"] > 1 else "with 95 % intervals"
+    return (f"{show.table(runs, markdown=True)}\n\n"
+            f"Accuracy in percent on {facts['n']} test images at epsilon {facts['epsilon']:g}/255, {facts['epochs']} epochs, "
+            f"{facts['seeds']} {'seeds' if facts['seeds'] > 1 else 'seed'}, {spread}; {facts['device']}, torch {facts['torch']}, "
+            f"commit {facts['commit'][:10]}.")
+
+
+def gaps(name: str) -> str:
+    """PGD-50 minus AutoAttack on the same images, per method and checkpoint."""
+    rows = []
+    for label, several in show.read(ROOT / "results" / f"demo-{name}").items():
+        for checkpoint, evaluation in several[0]["evaluations"].items():
+            metrics = evaluation["metrics"]
+            rows.append(f"{label} {checkpoint} {metrics['pgd50']['value'] - metrics['aa']['value']:.1f}")
+    return "PGD-50 minus AutoAttack, in points: " + "; ".join(rows) + "." if rows else ""
+
+
+def fidelity() -> str:
+    """The largest differences from the published code, in Markdown: a row per run."""
+    quantities = {"weights": "classifier weights", "BatchNorm buffers": "classifier buffers", "momentum buffers": "classifier optimizer momentum_buffer",
+                  "generator": "generator weights", "lr": "classifier lr", "momentum": "classifier momentum", "loss": "classifier loss"}
+    lines = ["| script | run | steps | " + " | ".join(quantities) + " |", "| --- | --- | ---: |" + " ---: |" * len(quantities)]
+    sources = []
+    for path in sorted((ROOT / "results" / "fidelity").glob("*.json")):
+        report = json.loads(path.read_text())
+        if report["ours"]["dirty"]:
+            raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+        for name, run in report["runs"].items():
+            found = run["largest_differences"]
+            cells = [f"{found[key]['relative']['value']:.0e}" if key in found else "" for key in quantities.values()]
+            lines.append(f"| {report['ours']['script']} | {name}: {run['what']} | {run['steps']} | " + " | ".join(cells) + " |")
+        published = report["published"]
+        sources.append(f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}, ours at {report['ours']['commit'][:10]}")
+    if not sources:
+        return "Not measured yet."
+    return "\n".join(lines) + f"\n\nLargest relative difference over all steps. {'; '.join(sources)}; torch {report['torch']}, float64, CPU."
+
+
+def cpu() -> str:
+    """The CPU step's ratios, in Markdown."""
+    path = ROOT / "results" / "benchmarks" / "cpu-step.json"
+    if not path.is_file():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    rows = [f"| {name} | {row['images_per_second']:.1f} | {row['ours_faster_by']:.2f} |" for name, row in report["variants"].items()]
+    return ("| one FGSM-SDI step, ResNet18, batch 128 | images per second | ours is faster by |\n| --- | ---: | ---: |\n" + "\n".join(rows)
+            + f"\n\n{report['device']}, {report['threads']} threads, torch {report['versions']['torch']}, commit {report['commit'][:10]}; "
+            f"median of {report['rounds']} rounds in which all take turns.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    pages = {
+        "README.md": {"demo-digits": demo("digits"), "demo-cifar": demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu()},
+        "docs/methods.md": {"fidelity": fidelity()},
+    }
+    for page, tables in pages.items():
+        text = (ROOT / page).read_text()
+        for name, content in tables.items():
+            text = between(text, name, content)
+        (ROOT / page).write_text(text)
+        print(f"{page}: {', '.join(tables)}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,200 @@
+"""Whatever goes wrong ends in one sentence that names the thing, the value and the remedy; nothing is half-written."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from engine import checkpoint
+from engine.errors import Failure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def refused(result, status: int, *words: str) -> None:
+    assert result.status == status, result.err + result.out
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1 and "Traceback" not in result.err
+    for word in words:
+        assert str(word) in result.err, result.err
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("train_fgsm_rs", ("--epsilom", "8"), ("--epsilom", "--epsilon")),
+    ("train_fgsm_rs", ("--epochs", "0"), ("--epochs 0", "at least 1")),
+    ("train_fgsm_rs", ("--epochs", "many"), ("--epochs", "many")),
+    ("train_fgsm_rs", ("--epsilon", "300"), ("--epsilon 300", "[0, 255]")),
+    ("train_fgsm_rs", ("--alpha", "-1"), ("--alpha -1", "at least 0")),
+    ("train_fgsm_rs", ("--label-factor", "1.5"), ("--label-factor 1.5", "[0, 1]")),
+    ("train_fgsm_rs", ("--dataset", "mnist"), ("mnist", "digits", "cifar10")),
+    ("train_fgsm_rs", ("--arch", "resnet19"), ("--arch resnet19", "resnet18")),
+    ("train_fgsm_rs", ("--lr-schedule", "linear"), ("linear", "cyclic")),
+    ("train_fgsm_rs", ("--monitor", "clean"), ("--monitor clean", "pgd10")),
+    ("train_fgsm_rs", ("--monitor", "pgd10,dpg"), ("dpg", "allowed")),
+    ("train_fgsm_rs", ("--val-size", "0"), ("--val-size 0", "--select-on test")),
+    ("train_fgsm_rs", ("--train-size", "1400"), ("--train-size 1400", "1437")),
+    ("train_fgsm_rs", ("--device", "cuda:77"), ("--device cuda:77", "--device cpu")),
+    ("train_fgsm_rs", ("--device", "tpu"), ("--device tpu", "auto, cpu, cuda")),
+    ("train_fgsm_rs", ("--resume", "must"), ("--resume must", "state.pth")),
+    ("train_fgsm_rs", ("--precision", "bf16"), ("--precision bf16", "fp32")),
+    ("train_fgsm_sdi", ("--k", "0"), ("--k 0", "at least 1")),
+    ("train_pgd_at", ("--steps", "0"), ("--steps 0", "at least 1")),
+    ("train_fgsm_ga", ("--compile",), ("--compile", "second derivative")),
+    ("test_FGSM_SDI", (), ("--model-path",)),
+])
+def test_misuse(script, flags, words, tiny):
+    out_dir = tiny.directory / "out"
+    shared = (*tiny.flags, "--out-dir", out_dir) if script.startswith("train") else ()
+    refused(tiny.command(script, *shared, *flags), 2, *words)
+    left = {path.name for path in out_dir.iterdir()} if out_dir.is_dir() else set()
+    assert left <= {".lock"}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--norm", "L2"), ("--norm L2", "Linf")),
+    (("--attacks", "clean,deepfool"), ("deepfool", "pgd10")),
+    (("--epsilon", "-8"), ("--epsilon -8", "above 0")),
+    (("--model", "vgg"), ("--model vgg", "resnet18")),
+    (("--model", "resnet18"), ("resnet18", "keys missing")),
+    (("--dataset", "imagenet21k"), ("imagenet21k", "digits")),
+])
+def test_evaluation_misuse(flags, words, digits_run, tiny):
+    refused(tiny.command("test_FGSM_SDI", "--model-path", digits_run / "best.pth", "--out-dir", tiny.directory / "e", *flags), 2, *words)
+    assert not list(tiny.directory.glob("e/evaluation.json"))
+
+
+def test_a_checkpoint_that_is_not_there(tiny):
+    refused(tiny.command("test_FGSM_SDI", "--model-path", tiny.directory / "no.pth"), 2, "no.pth")
+
+
+def test_a_checkpoint_of_another_number_of_classes(digits_run, tiny):
+    content = torch.load(digits_run / "best.pth", weights_only=True)
+    content["state_dict"] = {key: value[:7] if key.startswith("linear") else value for key, value in content["state_dict"].items()}
+    torch.save(content, tiny.directory / "seven.pth")
+    refused(tiny.command("test_FGSM_SDI", "--model-path", tiny.directory / "seven.pth"), 2, "seven.pth", "7 classes")
+
+
+def sound(n: int = 60) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    return dict(x_train=x, y_train=np.arange(n) % 10, x_test=x[:20], y_test=np.arange(20) % 10)
+
+
+DAMAGE = {
+    "labels": (lambda a: a.update(y_train=a["y_train"] + 1), ("label 10", "0..9")),
+    "negative label": (lambda a: a.update(y_test=a["y_test"] - 1), ("label -1",)),
+    "floating images": (lambda a: a.update(x_train=a["x_train"] / 255), ("float64", "uint8")),
+    "flat images": (lambda a: a.update(x_test=a["x_test"].reshape(20, -1)), ("x_test", "(20, 3072)")),
+    "no images": (lambda a: a.update(x_train=a["x_train"][:0], y_train=a["y_train"][:0]), ("N > 0",)),
+    "too few labels": (lambda a: a.update(y_train=a["y_train"][:-1]), ("y_train", "(60,)")),
+    "an array is missing": (lambda a: a.pop("y_test"), ("y_test",)),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_data_file_that_is_wrong(what, tiny):
+    change, words = DAMAGE[what]
+    arrays = sound()
+    change(arrays)
+    np.savez(tiny.directory / "cifar10.npz", **arrays)
+    result = tiny.command("train_fgsm_rs", "--dataset", "cifar10", "--data-dir", tiny.directory, "--val-size", 10, "--out-dir", tiny.directory / "o")
+    refused(result, 2, "cifar10.npz", "delete", *words)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", "cut", "flipped"], ids=["empty", "text", "cut", "flipped"])
+def test_a_data_file_that_is_damaged(content, tiny):
+    path = tiny.directory / "cifar10.npz"
+    np.savez(path, **sound())
+    whole = bytearray(path.read_bytes())
+    if content == "flipped":
+        whole[len(whole) // 3] ^= 0xFF
+    path.write_bytes({"cut": bytes(whole[:-2000]), "flipped": bytes(whole)}.get(content, content))
+    result = tiny.command("train_fgsm_rs", "--dataset", "cifar10", "--data-dir", tiny.directory, "--val-size", 10, "--out-dir", tiny.directory / "o")
+    refused(result, 2, "cifar10.npz", "damaged", "delete")
+
+
+def test_a_download_that_fails(tiny, monkeypatch):
+    import torchvision
+
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", type("CIFAR10", (), {"__init__": unreachable}))
+    result = tiny.command("train_fgsm_rs", "--dataset", "cifar10", "--data-dir", tiny.directory / "data", "--out-dir", tiny.directory / "o")
+    refused(result, 1, "cifar10", "no route to host", "cifar10.npz")
+    assert not list((tiny.directory / "data").iterdir())
+
+
+def test_a_data_set_made_from_torchvisions_files(tiny, monkeypatch):
+    """What the download gives becomes the local form, and is read from there afterwards."""
+    import torchvision
+    from engine import data
+
+    class Downloaded:
+        def __init__(self, root, train, download):
+            arrays = sound()
+            self.data, self.targets = (arrays["x_train"], arrays["y_train"].tolist()) if train else (arrays["x_test"], arrays["y_test"].tolist())
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
+    first = data.load("cifar10", tiny.directory)
+    monkeypatch.delattr(torchvision.datasets, "CIFAR10")
+    again = data.load("cifar10", tiny.directory)
+    for name, array in sound().items():
+        assert np.array_equal(getattr(first, name), array) and np.array_equal(getattr(again, name), array)
+    assert {path.name for path in tiny.directory.iterdir()} == {"cifar10.npz"}
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", "cut"], ids=["empty", "text", "cut"])
+def test_a_damaged_state(content, tiny):
+    out_dir = tiny.train("train_fgsm_rs")
+    path = out_dir / "state.pth"
+    path.write_bytes(path.read_bytes()[:-3000] if content == "cut" else content)
+    refused(tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir), 2, "state.pth", "--resume never")
+
+
+def test_a_loss_that_is_not_finite(tiny):
+    result = tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", tiny.directory / "o", "--lr", "1e30", "--lr-schedule", "constant")
+    refused(result, 1, "not finite", "update", "--lr")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and sys.platform != "linux", reason="needs /proc")
+def test_a_directory_that_cannot_be_written(tiny):
+    refused(tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", "/proc/run"), 1, "/proc/run")
+
+
+def test_no_room_on_the_disk(tiny, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    result = tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", tiny.directory / "o")
+    refused(result, 1, "no room", "--out-dir")
+    assert not list((tiny.directory / "o").glob("*.part"))
+
+
+def test_interrupted(tiny, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Run, "update", interrupt)
+    refused(tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", tiny.directory / "o"), 130, "run the same command again")
+
+
+def test_a_network_that_diverged_is_not_evaluated(digits_run, tiny):
+    content = torch.load(digits_run / "best.pth", weights_only=True)
+    content["state_dict"]["linear.weight"][0, 0] = float("nan")
+    torch.save(content, tiny.directory / "nan.pth")
+    refused(tiny.command("test_FGSM_SDI", "--model-path", tiny.directory / "nan.pth"), 2, "linear.weight", "not finite")
+
+
+def test_a_real_process_ends_with_the_status():
+    done = subprocess.run([sys.executable, "train_fgsm_rs.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --epochs 0") and done.stderr.count("\n") == 1
+
+
+def test_failure_is_no_misuse():
+    assert not issubclass(Failure, engine.Misuse) and not issubclass(engine.Misuse, Failure)

@@ -1,0 +1,420 @@
+"""The numbers: verdicts against attacks called plainly, AutoAttack against the packages, the evaluation script's files."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attacks
+import models
+from engine import checkpoint, data, evaluate, record
+from engine.errors import Failure, Misuse
+
+EPS, ALPHA = 38 / 255, 38 / 255 / 4
+PLAIN = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "cw")
+
+
+def network(path: Path) -> torch.nn.Module:
+    saved = torch.load(path, weights_only=True)
+    built = models.build(saved["arch"], classes=10, channels=1)
+    built.load_state_dict(saved["state_dict"])
+    return built.eval()
+
+
+@pytest.fixture
+def model(digits_run) -> torch.nn.Module:
+    return network(digits_run / "best.pth")
+
+
+def images(n: int) -> tuple[Tensor, Tensor]:
+    dataset = data.load("digits", ".")
+    return torch.from_numpy(dataset.x_test[:n]), torch.from_numpy(dataset.y_test[:n])
+
+
+def measured(model: torch.nn.Module, n: int = 120, columns=PLAIN, batch_size: int = 50, **more) -> dict[str, Tensor]:
+    return evaluate.verdicts(model, *images(n), columns=columns, batch_size=batch_size,
+                             **dict(eps=EPS, alpha=ALPHA, seed=0) | more)
+
+
+# ---- PGD and the like ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_verdicts_do_not_depend_on_the_batch_size(model, batch_size):
+    """In double precision: in single precision a gradient may be so small that its sign is the batch size's."""
+    columns = ("clean", "fgsm", "pgd10", "pgd20", "cw")
+    whole, other = (measured(model.double(), n=40, columns=columns, batch_size=size) for size in (40, batch_size))
+    assert all(torch.equal(whole[column], other[column]) for column in columns)
+
+
+def test_verdicts_do_not_depend_on_what_else_is_measured(model):
+    whole = measured(model)
+    assert list(whole) == list(PLAIN)
+    for column in PLAIN:
+        assert torch.equal(measured(model, columns=(column,))[column], whole[column]), column
+
+
+def test_verdicts_are_of_each_image(model):
+    """Of the first images the same, whatever follows them; and a verdict that names its image."""
+    whole, first = measured(model.double()), measured(model, n=30, batch_size=30)
+    assert all(torch.equal(whole[column][:30], first[column]) for column in PLAIN)
+    assert all(verdict.shape == (120,) and verdict.dtype == torch.bool for verdict in whole.values())
+
+
+def test_more_steps_never_find_less(model):
+    found = measured(model, n=360, batch_size=360)
+    for weaker, stronger in (("clean", "fgsm"), ("pgd10", "pgd20"), ("pgd20", "pgd50")):
+        assert not (found[stronger] & ~found[weaker]).any(), "an image once misclassified stays so"
+    assert found["clean"].sum() > found["pgd10"].sum() > found["pgd50"].sum() > 0, "a model and a radius that tell them apart"
+
+
+def test_columns_are_the_attacks_called_plainly(model):
+    """One batch, the random starts drawn here as the docstring says: a function of (seed, attack, image)."""
+    x, y = images(120)
+    points = data.to_images(x)
+    found = measured(model, batch_size=120, columns=(*PLAIN, "pgd7"))
+
+    def start(stream: int) -> Tensor:
+        return EPS * (2 * torch.rand(points.shape, generator=data.evaluation_generator(0, stream)) - 1)
+
+    deltas = {
+        "clean": torch.zeros_like(points),
+        "fgsm": attacks.pgd(model, points, y, eps=EPS, alpha=EPS, steps=1, start=start(0)),
+        **{f"pgd{n}": attacks.pgd(model, points, y, eps=EPS, alpha=ALPHA, steps=n, start=start(1)) for n in (7, 10, 20, 50)},
+        "cw": attacks.pgd(model, points, y, eps=EPS, alpha=ALPHA, steps=20, start=start(2), loss=attacks.margin),
+    }
+    for column, delta in deltas.items():
+        assert delta.abs().max() <= EPS and 0 <= (points + delta).min() and (points + delta).max() <= 1
+        assert torch.equal(found[column], attacks.predict(model, points + delta) == y), column
+    other = measured(model, seed=1, batch_size=120)
+    assert torch.equal(found["clean"], other["clean"])
+
+
+def test_evaluation_is_in_eval_mode_whatever_the_network_is_in(model):
+    expected = measured(model)
+    model.train()
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    requires = [p.requires_grad for p in model.parameters()]
+    found = measured(model)
+    assert all(torch.equal(expected[column], found[column]) for column in PLAIN)
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert [p.requires_grad for p in model.parameters()] == requires and all(p.grad is None for p in model.parameters())
+
+
+def random_states() -> list:
+    return [torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in np.random.get_state()],
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+
+
+def test_evaluation_moves_no_random_numbers(model, tmp_path):
+    before = random_states()
+    measured(model, n=20)
+    assert random_states() == before
+    attack(model, 8, tmp_path / "autoattack.pth", columns=("apgd",))
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("clean", ("clean",)), ("aa,clean", ("clean", "aa")), ("pgd50, pgd10,fgsm", ("fgsm", "pgd10", "pgd50")),
+    ("cw,pgd7,pgd100", ("pgd7", "pgd100", "cw")), (",".join(evaluate.COLUMNS), evaluate.COLUMNS),
+])
+def test_columns_by_name(text, expected):
+    assert evaluate.columns_named(text) == expected
+
+
+@pytest.mark.parametrize("text", ["pgd", "pgd0", "pgd-1", "PGD10", "autoattack", "clean,foo"])
+def test_unknown_columns_are_refused(text):
+    with pytest.raises(Misuse, match="is no column of the evaluation: allowed are clean"):
+        evaluate.columns_named(text)
+
+
+def accuracies(total: int = 1000, **percent: float) -> dict[str, Tensor]:
+    return {column: torch.arange(total) < value * total / 100 for column, value in percent.items()}
+
+
+@pytest.mark.parametrize("found, words", [
+    (accuracies(clean=82, fgsm=56, pgd10=52, pgd50=51, aa=47), None),
+    (accuracies(clean=12), "near chance"),
+    (accuracies(clean=85, fgsm=80, pgd10=0.1), "catastrophic overfitting"),
+    (accuracies(clean=82, fgsm=40, pgd10=60, pgd50=60), "gradients are masked"),
+    (accuracies(clean=82, fgsm=56, pgd10=52, pgd50=51, aa=20), "PGD misleads"),
+    (accuracies(total=500, clean=82), "first 500 of 1000"),
+])
+def test_warnings_where_a_number_is_not_to_be_trusted(found, words):
+    said = evaluate.warnings(found, 10, 1000)
+    assert len(said) == (words is not None) and all(words in sentence for sentence in said)
+
+
+def test_a_network_that_is_not_finite_is_no_result(model):
+    with torch.no_grad():
+        model.linear.bias[3] = torch.nan
+    with pytest.raises(Failure, match="not finite"):
+        evaluate.check_finite(model, images(5)[0])
+
+
+# ---- AutoAttack ------------------------------------------------------------------------------------------------------
+
+N, BATCH = 40, 16  # several batches, and a last one that is not full
+WIDE = 48 / 255  # a radius at which few images are left for the slow attacks
+
+
+def attack(model, n: int, path: Path, columns=("apgd", "aa"), log=lambda line: None, **more) -> dict[str, Tensor]:
+    return evaluate.auto_attack(model, *images(n), columns=columns, path=path, log=log,
+                                **dict(eps=WIDE, seed=0, batch_size=BATCH) | more)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_autoattack_is_the_packages(model, tmp_path, monkeypatch):
+    """Image by image, verdicts and adversarial images, though ours was interrupted between two attacks.
+
+    And neither the global random numbers nor BatchNorm's averages moved.
+    """
+    from pyautoattack import AutoAttack
+
+    states, buffers, lines = random_states(), {name: value.clone() for name, value in model.named_buffers()}, []
+    single, path = attacks.auto_attack, tmp_path / "autoattack.pth"
+
+    def interrupted(*arguments, attack, **named):
+        if attack == "fab-t":
+            raise Interrupted
+        return single(*arguments, attack=attack, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "auto_attack", interrupted)
+        with pytest.raises(Interrupted):
+            attack(model, N, path)
+    found = attack(model, N, path, log=lines.append)
+    assert random_states() == states and all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert any("apgd-ce, apgd-t done" in line for line in lines), "it says that it continues, and from where"
+
+    x, y = images(N)
+    points = data.to_images(x)
+    with torch.random.fork_rng():
+        package = AutoAttack(model, eps=WIDE, norm="Linf", seed=0, version="standard", device="cpu")
+        x_adv, predicted = package.run_standard_evaluation(points, y, batch_size=BATCH)
+    assert torch.equal(found["aa"], predicted == y)
+    state = torch.load(path, weights_only=True)
+    assert torch.equal(state["x_adv"], x_adv)
+    assert (x_adv - points).abs().max() <= WIDE + 1e-6
+    assert torch.equal(attacks.predict(model, state["x_adv"]) == y, found["aa"]), "an adversarial image for every verdict"
+
+    standing = [state["standing"][name] for name in ("clean", *attacks.AUTOATTACK)]
+    assert all(not (after & ~before).any() for before, after in zip(standing, standing[1:]))
+    assert torch.equal(found["apgd"], state["standing"]["apgd-ce"])
+    assert 0 < standing[-1].sum() < standing[1].sum() < standing[0].sum(), "a model on which the attacks differ"
+
+
+@pytest.mark.skipif("AUTOATTACK_CHECKOUT" not in os.environ, reason="AUTOATTACK_CHECKOUT names no clone of fra31/auto-attack")
+def test_autoattack_is_the_original(model, tmp_path, monkeypatch, record_property):
+    """Against the authors' own repository, which is not on PyPI."""
+    monkeypatch.syspath_prepend(os.environ["AUTOATTACK_CHECKOUT"])
+    from autoattack import AutoAttack
+
+    x, y = images(N)
+    points = data.to_images(x)
+    with torch.random.fork_rng():
+        original = AutoAttack(model, norm="Linf", eps=WIDE, seed=0, version="standard", device="cpu", verbose=False)
+        x_adv = original.run_standard_evaluation(points, y, bs=BATCH)
+    found, state = attack(model, N, tmp_path / "autoattack.pth"), torch.load(tmp_path / "autoattack.pth", weights_only=True)
+    theirs = attacks.predict(model, x_adv) == y
+    difference = (state["x_adv"] - x_adv).abs().max().item()
+    print(f"clean {100 * state['standing']['clean'].double().mean():.1f} %, ours {100 * found['aa'].double().mean():.1f} %, "
+          f"theirs {100 * theirs.double().mean():.1f} %, verdicts differ on {(theirs != found['aa']).sum()} of {N} images, "
+          f"adversarial images by at most {difference:.2g}")
+    assert torch.equal(found["aa"], theirs)
+    assert difference == 0
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """In the place of each of the four attacks one that fools every third image that it is given; the list of calls."""
+    calls = []
+
+    def fool(model, x, y, *, attack, eps, seed, batch_size, log=None):
+        calls.append((attack, len(x)))
+        if interrupt_at == attack:
+            raise Interrupted
+        still = torch.arange(len(x)) % 3 != 0
+        log(f"{attack} at work")
+        return torch.where(still[:, None, None, None], x, x + attacks.AUTOATTACK.index(attack) + 1), still
+
+    interrupt_at = None
+
+    def interrupt(at: str | None) -> None:
+        nonlocal interrupt_at
+        interrupt_at = at
+
+    monkeypatch.setattr(attacks, "auto_attack", fool)
+    calls_and_switch = type("Pretended", (), {"calls": calls, "interrupt": staticmethod(interrupt)})
+    return calls_and_switch
+
+
+@pytest.mark.parametrize("at", attacks.AUTOATTACK)
+def test_an_interrupted_autoattack_repeats_nothing(at, pretended, model, tmp_path):
+    whole = attack(model, N, tmp_path / "whole.pth")
+    uninterrupted = list(pretended.calls)
+    assert [name for name, _ in uninterrupted] == list(attacks.AUTOATTACK)
+    pretended.calls.clear()
+    pretended.interrupt(at)
+    with pytest.raises(Interrupted):
+        attack(model, N, tmp_path / "parts.pth")
+    pretended.calls.pop()
+    pretended.interrupt(None)
+    parts = attack(model, N, tmp_path / "parts.pth")
+    assert pretended.calls == uninterrupted, "each attack once, on what the ones before left standing"
+    assert all(torch.equal(whole[column], parts[column]) for column in ("apgd", "aa"))
+    states = [torch.load(tmp_path / name, weights_only=True) for name in ("whole.pth", "parts.pth")]
+    assert torch.equal(states[0]["x_adv"], states[1]["x_adv"])
+    attack(model, N, tmp_path / "parts.pth")
+    assert pretended.calls == uninterrupted, "a finished one runs nothing"
+
+
+def test_apgd_is_the_first_attack_alone(pretended, model, tmp_path):
+    first = attack(model, N, tmp_path / "a.pth", columns=("apgd",))
+    assert [name for name, _ in pretended.calls] == ["apgd-ce"] and first.keys() == {"apgd"}
+    both = attack(model, N, tmp_path / "a.pth")
+    assert [name for name, _ in pretended.calls] == list(attacks.AUTOATTACK), "aa goes on where apgd ended"
+    assert torch.equal(first["apgd"], both["apgd"]) and both["aa"].sum() < both["apgd"].sum()
+
+
+STALE = {"eps": dict(eps=EPS), "seed": dict(seed=1), "batch size": dict(batch_size=8), "weights": {}, "images": {}}
+
+
+@pytest.mark.parametrize("what", STALE)
+def test_a_state_of_another_evaluation_is_not_used(what, pretended, model, tmp_path):
+    path, lines = tmp_path / "a.pth", []
+    attack(model, N, path)
+    pretended.calls.clear()
+    if what == "weights":
+        with torch.no_grad():
+            model.linear.bias[0] += 1e-6
+    attack(model, N - (what == "images"), path, log=lines.append, **STALE[what])
+    assert len(pretended.calls) == 4 and any("another evaluation" in line for line in lines)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", "half", "of something else"])
+def test_a_damaged_state_is_not_used(content, pretended, model, tmp_path):
+    path, lines = tmp_path / "a.pth", []
+    expected = attack(model, N, path)
+    whole = path.read_bytes()
+    if content == "of something else":
+        checkpoint.save({"position": 3}, path)
+    else:
+        path.write_bytes(whole[:len(whole) // 2] if content == "half" else content)
+    pretended.calls.clear()
+    found = attack(model, N, path, log=lines.append)
+    assert len(pretended.calls) == 4 and any("starting anew" in line for line in lines)
+    assert all(torch.equal(expected[column], found[column]) for column in expected)
+
+
+def test_no_attack_is_run_on_what_is_already_lost(pretended, model, tmp_path):
+    with torch.no_grad():
+        model.linear.weight.zero_()
+        model.linear.bias.zero_()  # class 0 for every image
+    x, y = images(N)
+    found = evaluate.auto_attack(model, x, torch.where(y == 0, 1, y), columns=("apgd", "aa"), eps=WIDE, seed=0, batch_size=BATCH,
+                                 path=tmp_path / "a.pth", log=lambda line: None)
+    assert pretended.calls == [] and not found["aa"].any() and not found["apgd"].any()
+
+
+def test_unknown_attacks_are_refused(model):
+    with pytest.raises(ValueError, match="'apgd' is not one of apgd-ce, apgd-t, fab-t, square"):
+        attacks.auto_attack(model, *images(2), attack="apgd", eps=EPS, seed=0, batch_size=2)
+
+
+# ---- test_FGSM_SDI.py ------------------------------------------------------------------------------------------------
+
+CONTRACT = {"method", "dataset", "arch", "seed", "commit", "dirty", "versions", "device", "precision", "tf32", "peak_memory_bytes",
+            "metrics", "batch_size", "n", "epsilon", "warnings", "verdicts", "seconds"}
+
+
+def test_the_evaluation_script(pretended, digits_run, tiny, monkeypatch):
+    monkeypatch.setenv("SOURCE_COMMIT", "abc")
+    out_dir = tiny.directory / "evaluation"
+    result = tiny.command("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, "--batch_size", 100)
+    assert result.status == 0 and result.err == ""
+    content = json.loads((out_dir / "evaluation.json").read_text())
+    assert CONTRACT <= content.keys()
+    assert {"torch", "cuda", "pyautoattack"} <= content["versions"].keys()
+    assert (content["method"], content["dataset"], content["arch"]) == ("fgsm-rs", "digits", "resnet8")
+    assert (content["n"], content["batch_size"], content["seed"], content["norm"]) == (360, 100, 0, "Linf")
+    assert content["epsilon"] == 38 and content["pgd_alpha"] == 9.5, "the radius that it was trained for, and a quarter of it"
+    assert content["precision"] == "fp32" and content["tf32"] == {"matmul": False, "cudnn": False}, "as it was while measuring"
+    sentence, = content["warnings"]
+    assert "AutoAttack" in sentence and "below PGD-50" in sentence, "what stands in for AutoAttack finds far more"
+
+    assert list(content["metrics"]) == list(evaluate.COLUMNS)
+    with np.load(out_dir / content["verdicts"]) as file:
+        verdicts = dict(file)
+    assert verdicts.keys() == content["metrics"].keys()
+    for column, metric in content["metrics"].items():
+        assert verdicts[column].shape == (360,) and verdicts[column].dtype == bool
+        assert metric["value"] == pytest.approx(100 * verdicts[column].mean()) and metric["n"] == 360
+        low, high = record.wilson(int(verdicts[column].sum()), 360)
+        assert metric["interval"] == pytest.approx([100 * low, 100 * high])
+        assert f"{metric['value']:.2f} %" in result.out and column in result.out
+    plain = measured(network(digits_run / "best.pth"), n=360, batch_size=100)
+    assert all(np.array_equal(plain[column].numpy(), verdicts[column]) for column in PLAIN)
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_the_published_flags(dash, digits_run, tiny):
+    flags = {"model_path": digits_run / "last.pth", "norm": "Linf", "epsilon": 20, "n_ex": 30, "batch_size": 10, "pgd_alpha": 3,
+             "out_dir": tiny.directory / "evaluation", "data_dir": "data/", "attacks": "pgd10,clean", "device": "cpu"}
+    arguments = [word for name, value in flags.items() for word in ("--" + name.replace("_", dash), value)]
+    result = tiny.command("test_FGSM_SDI", *arguments)
+    assert result.status == 0, result.err
+    content = json.loads((tiny.directory / "evaluation" / "evaluation.json").read_text())
+    assert (content["n"], content["batch_size"], content["epsilon"], content["pgd_alpha"]) == (30, 10, 20, 3)
+    assert list(content["metrics"]) == ["clean", "pgd10"]
+    sentence, = content["warnings"]
+    assert "first 30 of 360" in sentence and f"warning: {sentence}" in result.out
+    found = measured(network(digits_run / "last.pth"), n=30, columns=("clean", "pgd10"), eps=20 / 255, alpha=3 / 255, batch_size=10)
+    with np.load(tiny.directory / "evaluation" / "verdicts.npz") as verdicts:
+        assert all(np.array_equal(verdicts[column], found[column].numpy()) for column in found)
+
+
+def test_results_lie_beside_the_checkpoint_by_default(digits_run, tiny):
+    path = Path(shutil.copy(digits_run / "best.pth", tiny.directory / "mine.pth"))
+    result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean")
+    assert result.status == 0, result.err
+    assert {file.name for file in (tiny.directory / "mine-evaluation").iterdir()} == {"evaluation.json", "verdicts.npz"}
+
+
+def test_another_epsilon_and_more_columns_do_not_move_a_column(digits_run, tiny):
+    def evaluated(*flags) -> dict:
+        out_dir = tiny.directory / f"evaluation{len(list(tiny.directory.iterdir()))}"
+        assert tiny.command("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, *flags).status == 0
+        with np.load(out_dir / "verdicts.npz") as file:
+            return dict(file)
+
+    alone, among = evaluated("--attacks", "pgd20"), evaluated("--attacks", "clean,fgsm,pgd10,pgd20,cw")
+    assert np.array_equal(alone["pgd20"], among["pgd20"])
+    smaller, larger = evaluated("--attacks", "pgd20", "--epsilon", 5), evaluated("--attacks", "pgd20", "--epsilon", 100)
+    assert smaller["pgd20"].sum() > alone["pgd20"].sum() > larger["pgd20"].sum()
+
+
+@pytest.mark.parametrize("form", ["raw", "container", "data-parallel"])
+def test_weights_in_another_container_evaluate_alike(form, digits_run, tiny):
+    """Without the entries that say what they are; then the data set follows from classes and channels, the radius is 8."""
+    saved = torch.load(digits_run / "best.pth", weights_only=True)["state_dict"]
+    content = {"raw": saved, "container": {"model": saved, "epoch": 3}, "data-parallel": {f"module.{k}": v for k, v in saved.items()}}[form]
+    torch.save(content, tiny.directory / "foreign.pth")
+    results = []
+    for path in (digits_run / "best.pth", tiny.directory / "foreign.pth"):
+        out_dir = tiny.directory / path.stem
+        result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean,pgd10", "--epsilon", 38, "--out-dir", out_dir)
+        assert result.status == 0, result.err
+        results.append(json.loads((out_dir / "evaluation.json").read_text()))
+    assert results[0]["metrics"] == results[1]["metrics"] and results[1]["dataset"] == "digits"

@@ -1,0 +1,96 @@
+"""Who may import whom, and that importing anything does nothing."""
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+OURS = {"utils", "attacks", "models", "engine", "experiments", "test_FGSM_SDI", "benchmarks", *SCRIPTS}
+# What a part may import of the others: arrows point one way.
+MAY = {
+    "utils": set(), "attacks": {"utils"}, "models": set(), "engine": {"utils", "attacks", "models"},
+    "test_FGSM_SDI": {"engine"}, "experiments": {"engine"},
+    **{script: {"engine", "utils", "attacks", "models"} for script in SCRIPTS},
+}
+
+
+def files(part: str) -> list[Path]:
+    return sorted((ROOT / part).rglob("*.py")) if (ROOT / part).is_dir() else [ROOT / f"{part}.py"]
+
+
+def imported(path: Path) -> list[str]:
+    """Every module that the file imports, anywhere in it, with the names taken from it."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("part", MAY)
+def test_imports_point_one_way(part: str) -> None:
+    for path in files(part):
+        for name in imported(path):
+            top = name.split(".")[0]
+            assert top not in OURS - MAY[part] - {part}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_method_is_its_algorithm_box(script: str) -> None:
+    text = (ROOT / f"{script}.py").read_text()
+    of_attacks = {name for name in imported(ROOT / f"{script}.py") if name.startswith("attacks")}
+    assert of_attacks <= {"attacks.input_gradient"}, "a training attack is spelt out, never taken from the yardstick"
+    assert {name for name in imported(ROOT / f"{script}.py") if name.startswith("models")} <= {"models.generator.PerturbationGenerator"}
+    assert ".cuda(" not in text and ".item(" not in text
+    assert len(text.splitlines()) <= 150
+    doc = ast.get_docstring(ast.parse(text))
+    assert doc and "docs/methods.md#" in doc and any(venue in doc for venue in ("ICLR", "ICML", "NeurIPS", "TIP"))
+    anchor = doc.split("docs/methods.md#")[1].split(".")[0].strip()
+    headings = [line.removeprefix("## ").strip().lower() for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if line.startswith("## ")]
+    assert anchor in headings
+
+
+def test_only_one_file_names_torch_distributed() -> None:
+    for part in MAY:
+        for path in files(part):
+            named = any(name.startswith("torch.distributed") for name in imported(path))
+            assert named == (path == ROOT / "engine" / "distributed.py"), path
+
+
+IMPORT = """
+import builtins, io, os, pathlib, sys
+real = io.open
+def guarded(file, mode="r", *more, **options):
+    if set(mode) & set("wax+"):
+        raise AssertionError(f"opened {file} for writing")
+    return real(file, mode, *more, **options)
+import torch, numpy, tqdm, matplotlib  # what these do is theirs
+builtins.open = io.open = guarded
+def refuse(*a, **k): raise AssertionError("made a directory")
+os.makedirs = os.mkdir = refuse
+import importlib
+importlib.import_module(sys.argv[1])
+assert not torch.cuda.is_initialized()
+"""
+
+
+@pytest.mark.parametrize("module", [part for part in MAY if part != "experiments"] + ["experiments.show", "experiments.demo", "experiments.render"])
+def test_importing_prints_nothing_and_touches_nothing(module: str) -> None:
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT, module], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
+
+
+def test_every_requirement_is_used() -> None:
+    names = {"scikit-learn": "sklearn", "pytest-xdist": None, "tensorboard": "torch.utils.tensorboard"}
+    used = {name for path in ROOT.glob("*/*.py") for name in imported(path)} | {name for path in ROOT.glob("*.py") for name in imported(path)}
+    for line in (ROOT / "requirements.txt").read_text().split():
+        package = line.split(">=")[0]
+        module = names.get(package, package)
+        assert module is None or any(name == module or name.startswith(module + ".") for name in used), package
