@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine import data, evaluate, foreign, record
 from engine.config import Parser
 from engine.errors import Misuse, one_sentence
-from engine.run import chosen_device
+from engine.run import chosen_device, keep_freed_memory
 
 DATASET_OF = {(10, 1): "digits", (10, 3): "cifar10", (100, 3): "cifar100"}
 
@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     columns = evaluate.columns_named(args.attacks)
     device = chosen_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     path = Path(args.model_path)
     out_dir = Path(args.out_dir or path.with_name(path.stem + "-evaluation"))
 

@@ -1,6 +1,7 @@
 """A training run: what a method's script calls, and everything that happens between two of its batches."""
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import signal
@@ -70,6 +71,8 @@ class Run:
             torch.backends.cudnn.benchmark = False
         elif self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
         self._prepare_data()
         torch.manual_seed(cfg.seed)
@@ -491,6 +494,21 @@ class Run:
             print(f"saved {self.out_dir}/state.pth at epoch {self.epoch + 1}, batch {self.batch}; run the same command again to continue")
         distributed.wait()
         raise SystemExit(0)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what torch frees on the CPU; elsewhere it does nothing.
+
+    Every step allocates and frees the same activations, larger than what malloc keeps by itself: each goes back to the
+    kernel and comes back zeroed, a page at a time. Keeping them made a ResNet18 step at batch 128 about a fifth shorter.
+    """
+    mmap_max, trim_threshold = -4, -1  # of mallopt(3)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass
 
 
 def chosen_device(name: str) -> torch.device:
