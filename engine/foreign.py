@@ -27,15 +27,14 @@ import torch
 from torch import Tensor, nn
 
 import models
+from engine.data import NORMALISATIONS as NORMALISATIONS_OF_DATASETS
 from engine.errors import Misuse
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    **NORMALISATIONS_OF_DATASETS,
     "cifar10-ckpt": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "svhn": ((0.4380, 0.4440, 0.4730), (0.1751, 0.1771, 0.1744)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Channel means and deviations that published networks were trained with: fast_adversarial, Rice and AWP use
 cifar10, CKPT cifar10-ckpt, N-FGSM cifar100 and svhn."""
