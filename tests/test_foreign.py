@@ -464,7 +464,7 @@ def test_another_architecture_is_refused_by_its_keys(tmp_path):
     assert "preactresnet18b" in sentence and "bn.weight" in sentence and "bn1.weight" in sentence
     assert sum(key in sentence for key in shapes(RESNET) | shapes(PREACT_B)) <= 5
     assert "resnet8, preactresnet18" in refusal(path, model="resnet19")
-    assert "cifar10, cifar10-ckpt" in refusal(path, model="resnet18", normalise="mnist")
+    assert "cifar10, cifar100" in refusal(path, model="resnet18", normalise="mnist")
 
 
 @pytest.mark.parametrize("change, named", [
