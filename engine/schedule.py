@@ -21,10 +21,12 @@ def multistep(step: int, total: int, per_epoch: int) -> Rates:
 def cyclic(step: int, total: int, per_epoch: int) -> Rates:
     """A triangle 0 -> peak -> 0, with momentum 0.9 -> 0.8 -> 0.9: torch's CyclicLR as the papers' scripts call it.
 
-    The published scripts leave `cycle_momentum` at its default, so momentum moves too.
+    The published scripts leave `cycle_momentum` at its default, so momentum moves too. The arithmetic is in CyclicLR's
+    order: the rates are then the same to the last bit.
     """
-    height = 1 - abs(2 * step / total - 1)
-    return Rates(height, MOMENTUM - 0.1 * height)
+    way = 1 + step / total - 1
+    height = way / 0.5 if way <= 0.5 else (way - 1) / -0.5
+    return Rates(height, MOMENTUM - (MOMENTUM - 0.8) * height)
 
 
 def onecycle(step: int, total: int, per_epoch: int) -> Rates:
