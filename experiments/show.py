@@ -66,7 +66,10 @@ def curves(runs: Runs, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
+    highest = max(row[key] for several in runs.values() for run in several for row in run["log"] for key in row if key.endswith("_clean"))
+    top = 10 * (highest // 10 + 1)
     panels = {"clean": "clean images", "fgsm": "FGSM, one step", "pgd20": "PGD-20"}
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis, (column, title) in zip(axes, panels.items()):
@@ -75,15 +78,16 @@ def curves(runs: Runs, path: Path) -> None:
             split = several[0]["run"]["config"]["select_on"]
             epochs = [row["epoch"] for row in several[0]["log"]]
             values = list(zip(*([row[f"{split}_{column}"] for row in run["log"]] for run in several)))
-            axis.plot(epochs, [statistics.mean(v) for v in values], line, color=colour, label=label, linewidth=1.8)
+            axis.plot(epochs, [statistics.mean(v) for v in values], linestyle=line, color=colour, label=label, linewidth=1.8)
             if len(several) > 1:
                 axis.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, min(top, 100))
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy on held-out images (%)")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside upper center", ncols=len(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, options in (("png", {"dpi": 160}), ("pdf", {"metadata": {"CreationDate": None}})):
         figure.savefig(path.with_suffix(f".{suffix}"), **options)
