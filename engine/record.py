@@ -82,14 +82,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _commit() -> dict[str, Any]:
-    """From git, or from SOURCE_COMMIT where the tree was exported without its history."""
+    """From git, or from SOURCE_COMMIT where the tree was exported without its history.
+
+    Files in results/ do not count: what one measurement writes does not change what the next one measures.
+    """
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             raise FileNotFoundError
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", ":!results"))}
     except (OSError, subprocess.CalledProcessError):
         commit = os.environ.get("SOURCE_COMMIT") or None
         return {"commit": commit, "dirty": commit is None}
