@@ -1,0 +1,95 @@
+"""Every command on the README parses, and its numbers are those of the files in results/."""
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from engine.errors import Failure
+from experiments import render, show
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Lines of the README's shell blocks, and inline code that starts with a program."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return lines + re.findall(r"`((?:make|python|torchrun|pip) [^`]+)`", README)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"the Makefile has no {words[1]}"
+        return
+    if words[0] == "pip":
+        assert (ROOT / words[words.index("-r") + 1]).is_file()
+        return
+    if words[:2] == ["python", "-m"]:
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
+        return
+    assert words[0] in ("python", "torchrun")
+    script = next(word for word in words if word.endswith(".py"))
+    flags = words[words.index(script) + 1:]
+    module = importlib.import_module(script.removesuffix(".py"))
+    if script.startswith("train_"):
+        module.Config.parse(module.__doc__, flags)
+    else:
+        module.parse(flags)
+
+
+def test_there_are_commands_for_every_script() -> None:
+    text = "\n".join(commands())
+    for path in ROOT.glob("train_*.py"):
+        assert path.name in text
+    assert "test_FGSM_SDI.py" in text and "make demo" in text and "make test" in text
+
+
+def test_flags_in_the_table_exist() -> None:
+    import train_fgsm_sdi
+    from engine.config import parser
+    known = {option for action in parser(train_fgsm_sdi.Config, "")._actions for option in action.option_strings}
+    named = set(re.findall(r"`[^`]*?(--[a-z-]+)", "\n".join(line for line in README.splitlines() if line.startswith("| `--"))))
+    assert named and named <= known
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).is_file(), target
+
+
+def test_tables_are_rendered_from_the_results() -> None:
+    for page in ("README.md", "docs/methods.md"):
+        text = (ROOT / page).read_text()
+        for name in re.findall(r"<!-- ([a-z-]+) -->", text):
+            content = {"demo-digits": lambda: render.demo("digits"), "cpu-step": render.cpu, "fidelity": render.fidelity,
+                       "demo-cifar": lambda: render.demo("cifar") + "\n\n" + render.gaps("cifar")}[name]()
+            assert render.between(text, name, content) == text, f"{page}: {name} is not what results/ say; run make readme"
+
+
+def test_a_number_from_a_changed_tree_is_not_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sorted((ROOT / "results" / "demo-digits").glob("*.json"))[0]
+    run = json.loads(source.read_text())
+    folder = tmp_path / "results" / "demo-digits"
+    folder.mkdir(parents=True)
+    (folder / source.name).write_text(json.dumps(run))
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    assert "| FGSM" in render.demo("digits") or "| PGD" in render.demo("digits")
+    run["run"]["dirty"] = True
+    (folder / source.name).write_text(json.dumps(run))
+    with pytest.raises(Failure, match="measure them again"):
+        render.demo("digits")
+
+
+def test_cell_shows_range_or_interval() -> None:
+    one = {"value": 50.0, "n": 100, "interval": [40.4, 59.6]}
+    assert show.cell([one]) == "50.0 (40.4 to 59.6)"
+    assert show.cell([one, one | {"value": 52.0}]) == "51.0 (50.0 to 52.0)"
