@@ -64,7 +64,8 @@ def fidelity() -> str:
             raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
         for name, run in report["runs"].items():
             found = run["largest_differences"]
-            cells = [f"{found[key]['relative']['value']:.0e}" if key in found else "" for key in quantities.values()]
+            values = [found[key]["relative"]["value"] if key in found else None for key in quantities.values()]
+            cells = ["" if value is None else f"{value:.0e}" if value else "0" for value in values]
             lines.append(f"| {report['ours']['script']} | {name}: {run['what']} | {run['steps']} | " + " | ".join(cells) + " |")
         published = report["published"]
         sources.append(f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}, ours at {report['ours']['commit'][:10]}")
