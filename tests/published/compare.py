@@ -123,11 +123,13 @@ METHODS = {
                 says="as published: their images, radius and step are divided by the deviation; our network begins with that",
                 **_cyclic(0.2, dict(arch="preactresnet18b", normalise="dataset"))),
             "identity": Experiment(
-                says="their mean replaced by 0 and their deviation by 1; our --normalise none",
-                **_cyclic(0.2, dict(arch="preactresnet18b"), identity=True)),
+                says="their mean replaced by 0 and their deviation by 1, our --normalise none; our engine in plain layout",
+                **_cyclic(0.2, dict(arch="preactresnet18b"), identity=True, plain=True)),
+            "identity, small rate": Experiment(
+                says="our engine as it is", **_cyclic(0.02, dict(arch="preactresnet18b"), identity=True)),
             "saturated": Experiment(
-                says="as published, and images with pixels at 0 and 1",
-                **_cyclic(0.2, dict(arch="preactresnet18b", normalise="dataset"), saturated=True)),
+                says="as published, at a small rate, and images with pixels at 0 and 1",
+                **_cyclic(0.02, dict(arch="preactresnet18b", normalise="dataset"), saturated=True)),
         }),
     "ga": Method(
         "https://github.com/tml-epfl/understanding-fast-adv-training", "ceed49440bfc35a676375b783eaba5940e583bcc",
