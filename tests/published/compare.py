@@ -136,11 +136,12 @@ METHODS = {
         "0906320371c411ff18017934d4755a7668b0d787d5269d8c94bb88c6aac59a15", "train.py", "train_fgsm_ga", {
             "constant": Experiment(says="no pixel at 0 or 1", **_ga()),
             "saturated": Experiment(
-                says="pixels at 0 and 1: the published clamp(x + delta, 0, 1) halves their gradient, ours does not", **_ga(saturated=True, steps=5)),
+                says="pixels at 0 and 1: the published clamp(x + delta, 0, 1) halves their gradient, ours does not",
+                **_ga(saturated=True, steps=5)),
             "saturated, ours halved": Experiment(
                 says="with our gradient at x halved at these pixels: the whole of the difference", **_ga(saturated=True, tie=0.5)),
             "saturated, before torch 1.9": Experiment(
-                says="the derivative of torch.max and torch.min at ties as in the authors' torch 1.4: no gradient, hence no perturbation, at these pixels",
+                says="torch.max and torch.min with their derivative at ties in the authors' torch 1.4: no gradient, hence no perturbation, there",
                 **_ga(saturated=True, old_ties=True, steps=5)),
             "saturated, before torch 1.9, ours zero": Experiment(
                 says="with our gradient at x zero at these pixels: the whole of the difference", **_ga(saturated=True, old_ties=True, tie=0.0)),
@@ -476,7 +477,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--checkout", type=Path, required=True, help="a copy of the authors' repository")
-    parser.add_argument("--steps", type=int, help="stop every run after this many updates of the classifier (default: 45 to 66, where the schedule asks for it)")
+    parser.add_argument("--steps", type=int, help="stop every run after so many updates of the classifier (default: 45 or 66)")
     parser.add_argument("--only", help="one of the method's runs; nothing is written")
     options = parser.parse_args()
     method = METHODS[options.method]
@@ -494,7 +495,8 @@ def main() -> None:
             print(f"{options.method}, {name}: {experiment.says}")
             runs[name], files = compare(options.method, experiment, checkout.resolve(), min(options.steps or experiment.steps, experiment.steps))
             for quantity, entry in runs[name]["largest_differences"].items():
-                print(f"  {quantity:32s} absolute {entry['absolute']['value']:.2e}  relative {entry['relative']['value']:.2e}  step {entry['relative']['step']}")
+                absolute, relative = entry["absolute"]["value"], entry["relative"]["value"]
+                print(f"  {quantity:36s} absolute {absolute:.2e}  relative {relative:.2e}  step {entry['relative']['step']}")
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     if digest != method.digest:
         print(f"the published files are not those of commit {method.commit} (digest {digest})")
@@ -504,7 +506,8 @@ def main() -> None:
     path = ROOT / "results" / "fidelity" / f"{options.method}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
-        "published": {"repository": method.url, "commit": method.commit if digest == method.digest else None, "script": method.script, "files": files},
+        "published": {"repository": method.url, "commit": method.commit if digest == method.digest else None,
+                      "script": method.script, "files": files},
         "ours": {"script": f"{method.module}.py", "commit": provenance["commit"], "dirty": provenance["dirty"]},
         "torch": torch.__version__, "python": platform.python_version(), "precision": "float64", "threads": 1,
         "replaced_in_the_published_script": REPLACED["all"] + REPLACED[options.method], "runs": runs,
