@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: small networks gain nothing from more, and tests and demos run side by side.
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: setup test test-all test-oldest demo demo-cifar readme
+.PHONY: setup test test-all test-oldest demo demo-all demo-cifar demo-cifar-all readme
 
 setup: $(VENV)/.installed
 
@@ -35,8 +35,14 @@ test-oldest:
 demo: setup
 	$(ONE) $(BIN)/python -m experiments.demo digits
 
+demo-all: setup
+	$(ONE) $(BIN)/python -m experiments.demo digits-all
+
 demo-cifar: setup
 	$(ONE) $(BIN)/python -m experiments.demo cifar
+
+demo-cifar-all: setup
+	$(ONE) $(BIN)/python -m experiments.demo cifar-all
 
 readme: setup
 	$(BIN)/python -m experiments.render

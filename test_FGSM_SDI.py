@@ -19,7 +19,7 @@ from engine.config import Parser
 from engine.errors import Misuse, one_sentence
 from engine.run import chosen_device, keep_freed_memory
 
-DATASET_OF = {(10, 1): "digits", (10, 3): "cifar10", (100, 3): "cifar100"}
+DATASET_OF = {(10, 1): "digits", (10, 3): "cifar10", (100, 3): "cifar100", (43, 3): "gtsrb", (200, 3): "tiny-imagenet", (1000, 3): "imagenet"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,13 +28,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="architecture, where the file leaves it open: a name from models, or a published one such as ResNet18")
     parser.add_argument("--normalise", help="normalisation that the weights expect, where the file leaves it open: none, cifar10, cifar100, imagenet, ...")
     parser.add_argument("--which", choices=["best", "last"], default="best", help="of a file that holds both")
-    parser.add_argument("--dataset", help="digits, cifar10 or cifar100; default: what the checkpoint says, or what its classes and channels fit")
+    parser.add_argument("--dataset", choices=list(data.SETS),
+                        help="default: what the checkpoint says, or what its classes and channels fit")
     parser.add_argument("--data-dir", default="data/", help="where data sets lie (default: data/)")
     parser.add_argument("--norm", default="Linf", help="threat model: only Linf (default: Linf)")
     parser.add_argument("--epsilon", type=float, help="radius in 255ths (default: the checkpoint's own, or 8)")
     parser.add_argument("--pgd-alpha", type=float, help="step of PGD and C&W in 255ths (default: epsilon / 4)")
     parser.add_argument("--attacks", default=",".join(evaluate.COLUMNS), help=f"columns to measure (default: {','.join(evaluate.COLUMNS)})")
-    parser.add_argument("--n-ex", type=int, help="the first N test images only (default: all)")
+    parser.add_argument("--n-ex", type=int, help="the first N test images only (default: all); sets sorted by class are in a fixed random order")
     parser.add_argument("--batch-size", type=int, default=500, help="images per batch (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the random starts and of AutoAttack (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -60,13 +61,12 @@ def main(args: argparse.Namespace) -> dict:
 
     said = {key: value for key, value in foreign.read(path).items() if isinstance(value, (int, float, str))}
     name = args.dataset or said.get("dataset") or suitable_dataset(path, args.which)
-    dataset = data.load(name, args.data_dir)
-    x, y = torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test)
-    n = min(args.n_ex or len(x), len(x))
-    x, y = x[:n], y[:n]
+    dataset = data.load(name, args.data_dir, said.get("image_size"))
+    n = min(args.n_ex or len(dataset.x_test), len(dataset.x_test))
+    x, y = torch.from_numpy(dataset.pixels(dataset.x_test[:n])), torch.from_numpy(dataset.y_test[:n])
     model, report = foreign.load(
         path, model=args.model, normalise=args.normalise, which=args.which, device=device,
-        images=data.to_images(torch.from_numpy(dataset.x_train[:1000])), labels=torch.from_numpy(dataset.y_train[:1000]))
+        images=data.to_images(torch.from_numpy(dataset.pixels(dataset.x_train[:1000]))), labels=torch.from_numpy(dataset.y_train[:1000]))
     if report["classes"] != dataset.classes:
         raise Misuse(f"{path} has {report['classes']} classes, {name} has {dataset.classes}: choose another --dataset")
     evaluate.check_finite(model, x)
@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> dict:
     content = {
         "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
         "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
+        "test_order": "a fixed permutation of the files" if dataset.shuffled else "of the files",
         "seed": args.seed, "batch_size": args.batch_size, "metrics": evaluate.metrics(found),
         "warnings": evaluate.warnings(found, dataset.classes, len(dataset.x_test)), "verdicts": "verdicts.npz",
         "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **provenance,

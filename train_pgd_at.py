@@ -26,8 +26,6 @@ class Config(engine.Config):
 
     def check(self) -> None:
         super().check()
-        if self.steps < 1:
-            raise engine.Misuse(f"--steps {self.steps}: must be at least 1")
         if self.alpha is None:
             self.alpha = self.epsilon / (2 if self.steps == 2 else 4)
 

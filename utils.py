@@ -1,10 +1,11 @@
-"""Tensor helpers that appear in the papers. Pure: tensors in, tensors out (the two contexts restore what they change)."""
+"""Tensor helpers that appear in the papers. Pure: tensors in, tensors out (the contexts restore what they change)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -43,6 +44,12 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).masked_fill(zero, torch.nan)
 
 
+def divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(softmax(reference) || softmax(logits)) per sample, (B, classes) twice to (B,); gradients flow into both."""
+    log_q, log_p = F.log_softmax(logits, 1), F.log_softmax(reference, 1)  # F.kl_div's gradient into p is nan where p is zero
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """No gradient for the parameters of `module`: what an attack needs, and a third of a backward pass saved."""
@@ -65,3 +72,16 @@ def eval_mode(module: nn.Module, enabled: bool = True) -> Iterator[nn.Module]:
     finally:
         for layer, training in before:
             layer.training = training
+
+
+@contextmanager
+def untracked(module: nn.Module) -> Iterator[nn.Module]:
+    """BatchNorm's running statistics stay as they are, whatever passes through in training mode."""
+    tracking = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
+    try:
+        for layer in tracking:
+            layer.track_running_stats = False
+        yield module
+    finally:
+        for layer in tracking:
+            layer.track_running_stats = True

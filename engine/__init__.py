@@ -2,11 +2,11 @@
 from collections.abc import Callable
 
 from engine import distributed
-from engine.config import Config, flag, step_size
+from engine.config import Config, flag, numbers, step_size
 from engine.errors import Failure, Misuse, one_sentence
 from engine.run import Run
 
-__all__ = ["Config", "Failure", "Misuse", "Run", "flag", "launch", "step_size"]
+__all__ = ["Config", "Failure", "Misuse", "Run", "flag", "launch", "numbers", "step_size"]
 
 
 def launch(main: Callable[[Config], None], config: type[Config], doc: str | None) -> None:

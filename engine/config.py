@@ -4,23 +4,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
+import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 from engine.errors import Misuse
-from engine.schedule import SCHEDULES
+from engine.schedule import SCHEDULES, Rates
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(arch="resnet8", epochs=30, batch_size=64, lr=0.2, lr_schedule="cyclic", weight_decay=5e-4,
                    epsilon=51.0, val_size=137),
     "cifar10": dict(arch="resnet18", epochs=110, batch_size=128, lr=0.1, lr_schedule="multistep", weight_decay=5e-4,
                     epsilon=8.0, val_size=1000),
+    "svhn": dict(arch="preactresnet18", epochs=30, batch_size=128, lr=0.05, lr_schedule="cyclic", cyclic_lr=0.05, weight_decay=5e-4,
+                 epsilon=8.0, val_size=1000),
+    "imagenet": dict(arch="resnet50", epochs=90, batch_size=256, lr=0.1, lr_schedule="multistep", decays=(1 / 3, 2 / 3), weight_decay=5e-4,
+                     epsilon=4.0, val_size=5000, image_size=224),
 }
-RECIPES["cifar100"] = RECIPES["cifar10"]
-"""Per data set: the papers' recipe (FGSM-SDI, section IV-A), and our own for digits."""
+RECIPES["cifar100"] = RECIPES["gtsrb"] = RECIPES["cifar10"]
+RECIPES["tiny-imagenet"] = RECIPES["cifar10"] | dict(arch="preactresnet18")
+"""Per data set: the papers' recipe (FGSM-SDI, section IV-A), and our own for digits. SVHN's rate is that of GradAlign and
+N-FGSM, which also let the radius grow over the first five epochs. LAS-AT has results on GTSRB without saying how."""
 
 
 def flag(default: Any, text: str, **extra: Any) -> Any:
@@ -29,6 +39,22 @@ def flag(default: Any, text: str, **extra: Any) -> Any:
     `times_epsilon=m` in `extra` makes a step size that is m times --epsilon unless it is given.
     """
     return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """What a flag that holds several numbers, none of them negative, says: "2,4,8" is 2, 4, 8 and "3-5" is 3, 4, 5.
+
+    Raises:
+        Misuse: it says something else.
+    """
+    try:
+        ends = re.fullmatch(r"(\d+)-(\d+)", text)
+        found = list(range(int(ends[1]), int(ends[2]) + 1)) if ends else [float(number) for number in text.split(",")]
+        if found and all(0 <= number < math.inf for number in found):
+            return found
+    except ValueError:
+        pass
+    raise Misuse(f"{name} {text}: must be numbers that are not negative, as 2,4,8 or 3-5")
 
 
 def by_dataset(text: str) -> Any:
@@ -45,7 +71,7 @@ def step_size(multiple: float) -> Any:
 class Config:
     """Shared by all methods. Radii and step sizes are in 255ths here, and fractions of 1 in `eps` and in the scripts."""
 
-    dataset: Literal["digits", "cifar10", "cifar100"] = flag("cifar10", "data set")
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "gtsrb", "tiny-imagenet", "imagenet"] = flag("cifar10", "data set")
     data_dir: str = flag("data/", "where data sets lie, and are downloaded to")
     arch: str | None = by_dataset("network, a name from models")
     width: int | None = flag(None, "base width of the network; default: the architecture's own")
@@ -54,17 +80,24 @@ class Config:
     batch_size: int | None = by_dataset("images per update, over all processes together")
     lr: float | None = by_dataset("learning rate, its peak where the schedule has one; cyclic: the papers' 0.2, or the method's own")
     lr_schedule: Literal["multistep", "cyclic", "onecycle", "constant"] | None = by_dataset("how the learning rate moves; cyclic and onecycle move the momentum too")
+    milestones: str | None = flag(None, "epochs after which multistep divides the rate by 10, as 100,105; default: at 100/110 and 105/110 of the run, "
+                                  "imagenet at thirds of it, LAS-AT at parts of its own")
+    cyclic_top: float = flag(0.5, "the part of the run at which cyclic has its peak (GradAlign's own code: 0.4)")
     cycle_momentum: bool = flag(True, "let a schedule that moves the momentum do so (the papers' scripts do)")
     weight_decay: float | None = by_dataset("on all parameters")
     epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths")
     label_factor: float = flag(1.0, "probability kept on the true class, the rest is spread evenly over the others")
     ema: float = flag(0.0, "decay of a weight average that is evaluated beside the weights (FastAT Benchmark: 0.9995); 0: none")
-    augment: Literal["crop", "none"] = flag("crop", "random shift, and flip where the data set has mirror images")
+    augment: Literal["crop", "none"] = flag("crop", "random shift (imagenet: crop and size), and flip where the data set has mirror images")
     padding: Literal["zero", "reflect"] = flag("zero", "what a random shift brings in at the border")
+    image_size: int | None = by_dataset("side of a crop, where images are streamed; the other sets have their own size")
+    workers: int | None = flag(None, "processes that read and decode streamed images; default: one for each core that this process has, up to 16")
+    decode: Literal["cpu", "gpu"] = flag("cpu", "where streamed JPEGs are decoded; gpu is experimental, and has never been run on a GPU so far")
+    skip_damaged: bool = flag(False, "look through all files of streamed images first, and leave out those that cannot be decoded")
     train_size: int | None = flag(None, "use the first N training images; default: all that are not held out")
     val_size: int | None = by_dataset("training images held out, from the end")
     select_on: Literal["val", "test"] = flag("val", "what picks best.pth; the published tables pick on the test set (with --val-size 0)")
-    monitor: str = flag("clean,fgsm,pgd10", "accuracies measured on those images after every epoch; pgd10 picks best.pth")
+    measure: str = flag("clean,fgsm,pgd10", "accuracies measured on those images after every epoch; pgd10 picks best.pth")
     seed: int = flag(0, "of weights, order, augmentation and noise")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it; evaluation is always fp32")
@@ -77,6 +110,7 @@ class Config:
     tensorboard: bool = flag(False, "also write TensorBoard event files (needs the tensorboard package)")
 
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
+    DECAYS: ClassVar[tuple[float, ...]] = (100 / 110, 105 / 110)  # multistep's, as parts of the run
     METHOD: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -85,11 +119,11 @@ class Config:
             raise Misuse(f"--dataset {self.dataset}: allowed are {', '.join(RECIPES)}")
         schedule_given = self.lr_schedule or recipe["lr_schedule"]
         if self.lr is None and schedule_given == "cyclic":
-            self.lr = self.CYCLIC_LR
+            self.lr = recipe.get("cyclic_lr", self.CYCLIC_LR)
         fields = dataclasses.fields(self)
         for field in fields:
             if getattr(self, field.name) is None and _metadata(type(self), field).get("by_dataset"):
-                setattr(self, field.name, recipe[field.name])
+                setattr(self, field.name, recipe.get(field.name))
         for field in fields:
             if getattr(self, field.name) is None and (multiple := field.metadata.get("times_epsilon")):
                 setattr(self, field.name, multiple * self.epsilon)
@@ -102,21 +136,38 @@ class Config:
         """The radius as a fraction of 1."""
         return self.epsilon / 255
 
+    def schedule(self) -> Callable[[int, int, int], Rates]:
+        """From (step, steps of the run, steps of an epoch) to rates."""
+        decays = RECIPES[self.dataset].get("decays", self.DECAYS)
+        options: dict[str, dict[str, Any]] = {"multistep": {"decays": decays}, "cyclic": {"top": self.cyclic_top}}
+        if self.milestones:
+            options["multistep"]["decays"] = [epoch / self.epochs for epoch in numbers("--milestones", self.milestones)]
+        return partial(SCHEDULES[self.lr_schedule], **options.get(self.lr_schedule, {}))
+
     def check(self) -> None:
         """Raises Misuse for the first value that is not allowed. A script with bounds of its own extends it."""
         at_least = {"epochs": 1, "batch_size": 1, "width": 1, "train_size": 1, "val_size": 0, "weight_decay": 0,
-                    "lr": 0, "epsilon": 0, "alpha": 0, "seed": 0, "save_every": 0, "time_limit": 0}
+                    "lr": 0, "epsilon": 0, "alpha": 0, "seed": 0, "save_every": 0, "time_limit": 0, "image_size": 8, "workers": 0,
+                    "steps": 1, "beta": 0, "gamma": 0}
         for name, low in at_least.items():
             value = getattr(self, name, None)
-            if value is not None and not value >= low:
+            if isinstance(value, int | float) and not value >= low:
                 raise Misuse(f"{spelled(name)} {value}: must be at least {low}")
         for name, (low, high) in {"label_factor": (0, 1), "ema": (0, 1), "epsilon": (0, 255)}.items():
             if not low <= getattr(self, name) <= high:
                 raise Misuse(f"{spelled(name)} {getattr(self, name)}: must lie in [{low}, {high}]")
         if self.lr_schedule not in SCHEDULES:
             raise Misuse(f"--lr-schedule {self.lr_schedule}: allowed are {', '.join(SCHEDULES)}")
-        if "pgd10" not in self.monitor.split(","):
-            raise Misuse(f"--monitor {self.monitor}: must hold pgd10, which picks best.pth")
+        if self.milestones:
+            numbers("--milestones", self.milestones)
+        if self.image_size is not None and "image_size" not in RECIPES[self.dataset]:
+            raise Misuse(f"--image-size {self.image_size}: images of {self.dataset} have a size of their own; leave it out")
+        if self.decode == "gpu" and self.augment == "none":
+            raise Misuse("--decode gpu: only random crops are made there; give --augment crop, or --decode cpu")
+        if not 0 < self.cyclic_top < 1:
+            raise Misuse(f"--cyclic-top {self.cyclic_top}: must lie between 0 and 1")
+        if "pgd10" not in self.measure.split(","):
+            raise Misuse(f"--measure {self.measure}: must hold pgd10, which picks best.pth")
         if self.select_on == "val" and self.val_size == 0:
             raise Misuse("--val-size 0: with --select-on val some training images must be held out; "
                          "give a size, or --select-on test")
@@ -178,7 +229,7 @@ def _default_text(field: dataclasses.Field, metadata: Any) -> str:
     if "times_epsilon" in metadata:
         return f" (default: {metadata['times_epsilon']:g} x epsilon)"
     if metadata.get("by_dataset") and field.default is None:
-        values = {name: recipe[field.name] for name, recipe in RECIPES.items()}
+        values = {name: recipe[field.name] for name, recipe in RECIPES.items() if field.name in recipe}
         return f" (default: {', '.join(f'{name} {value}' for name, value in values.items())})"
     return "" if field.default is None else f" (default: {field.default})"
 

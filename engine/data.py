@@ -1,4 +1,4 @@
-"""Data sets as uint8 arrays that live on the training device; order and augmentation there.
+"""Data sets as uint8 arrays that live on the training device; order and augmentation there. `stream` has ImageNet's.
 
 What happens to an image is a function of (seed, epoch, image) alone: not of the device, the batch size, the number of
 processes, or of how often the run was interrupted.
@@ -10,22 +10,38 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import Failure, Misuse
+from engine import sets
+from engine.errors import Misuse
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": ((0.3055,), (0.3774,)),
 }
 """Channel means and deviations of the training images, in [0, 1]."""
 
-_DATA, _NOISE, _EVALUATION = range(3)  # streams of random numbers that must never meet
+SETS: dict[str, dict] = {
+    "digits": dict(classes=10, flip=False, pad=1),
+    "cifar10": dict(classes=10, flip=True, pad=4),
+    "cifar100": dict(classes=100, flip=True, pad=4),
+    "svhn": dict(classes=10, flip=False, pad=4),
+    "gtsrb": dict(classes=43, flip=False, pad=4, shuffled=True),
+    "tiny-imagenet": dict(classes=None, flip=True, pad=4, shuffled=True),  # as many classes as its labels have, normally 200
+    "imagenet": dict(flip=True, pad=0, shuffled=True),
+}
+"""What is known of each data set beforehand: see `Dataset`."""
+
+DATA, _NOISE, _EVALUATION, CROP = range(4)  # streams of random numbers that must never meet
 
 
 def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -47,7 +63,10 @@ def evaluation_generator(seed: int, stream: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, H, W, C) uint8 and labels (N,) int64 in [0, classes); `flip`: a mirror image keeps its class."""
+    """Images and labels (N,) int64 in [0, classes); `flip`: a mirror image keeps its class.
+
+    Images are (N, H, W, C) uint8, or the names (N,) of files that are streamed: `crop` is then the side of what is cut out.
+    """
 
     name: str
     classes: int
@@ -57,14 +76,31 @@ class Dataset:
     y_test: np.ndarray
     flip: bool
     pad: int  # how far a random shift goes, in pixels
+    crop: int | None = None
+    shuffled: bool = False  # the files are sorted by class, and the images here are in a fixed random order instead
+
+    @property
+    def streamed(self) -> bool:
+        return self.crop is not None
 
     @property
     def channels(self) -> int:
-        return self.x_train.shape[3]
+        return 3 if self.streamed else self.x_train.shape[3]
 
     @property
     def image_size(self) -> int:
-        return self.x_train.shape[1]
+        return self.crop or self.x_train.shape[1]
+
+    def pixels(self, x: np.ndarray) -> np.ndarray:
+        """Some of the images as they are evaluated, (N, H, W, C) uint8: files are read, resized, and cut out at the centre.
+
+        Raises:
+            Failure: a file is damaged.
+        """
+        if not self.streamed:
+            return x
+        from engine import stream  # which needs torchvision, and a second to import it
+        return stream.centres(x, self.crop)
 
     def split(self, train_size: int | None, val_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """x_train, y_train, x_val, y_val: the last `val_size` training images are held out, the first ones train."""
@@ -75,56 +111,30 @@ class Dataset:
         return self.x_train[:size], self.y_train[:size], self.x_train[n:], self.y_train[n:]
 
 
-def load(name: str, data_dir: str | Path) -> Dataset:
-    """A data set by name, checked; made from torchvision's download when <data_dir>/<name>.npz is not there.
+def load(name: str, data_dir: str | Path, image_size: int | None = None) -> Dataset:
+    """A data set by name, checked; <data_dir>/<name>.npz is made where it is not there and is needed: see `sets`.
+
+    Args:
+        image_size: side of ImageNet's crops, 224 unless given; the other sets have their own.
 
     Raises:
-        Misuse: an unknown name; a file that is damaged, or whose arrays are not images and labels.
-        Failure: the download did not work.
+        Misuse: an unknown name; files that are missing, damaged, or not images and labels.
+        Failure: the download did not work, or an image that the arrays are made from is damaged.
     """
+    if name not in SETS:
+        raise Misuse(f"--dataset {name}: allowed are {', '.join(SETS)}")
     if name == "digits":
-        return _digits()
-    if name not in ("cifar10", "cifar100"):
-        raise Misuse(f"--dataset {name}: allowed are digits, cifar10, cifar100")
+        return Dataset(name, **sets.digits(), **SETS[name])
+    if name == "imagenet":
+        arrays, classes = sets.imagenet(Path(data_dir))
+        return Dataset(name, classes, **arrays, **SETS[name], crop=image_size or 224)
     path = Path(data_dir) / f"{name}.npz"
     if not path.is_file():
-        _download(name, path)
-    return _checked(path, name, classes={"cifar10": 10, "cifar100": 100}[name], flip=True, pad=4)
+        sets.make(name, path)
+    return _checked(path, name, **SETS[name])
 
 
-def _digits() -> Dataset:
-    """scikit-learn's 1,797 real 8 x 8 digits (Alpaydin & Kaynak 1998), a fixed stratified split of 1,437 / 360."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
-    x_train, x_test, y_train, y_test = train_test_split(
-        images, labels.astype(np.int64), test_size=360, stratify=labels, random_state=0)
-    return Dataset("digits", 10, x_train, y_train, x_test, y_test, flip=False, pad=1)
-
-
-def _download(name: str, path: Path) -> None:
-    """Writes <name>.npz from torchvision's data set, which lies in or is downloaded to the same folder."""
-    import torchvision
-
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    print(f"{path} is not there: making it from torchvision's {source.__name__}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {part: source(path.parent, train=part == "train", download=True) for part in ("train", "test")}
-    except Exception as error:  # torchvision raises many kinds, from URLError to RuntimeError
-        raise Failure(f"{name} could not be downloaded ({error}): put {path.name}, or torchvision's files, into {path.parent}") from error
-    arrays = {}
-    for part, dataset in parts.items():
-        arrays[f"x_{part}"] = dataset.data
-        arrays[f"y_{part}"] = np.asarray(dataset.targets, dtype=np.int64)
-    unfinished = path.with_suffix(".part.npz")
-    np.savez(unfinished, **arrays)
-    unfinished.replace(path)
-
-
-def _checked(path: Path, name: str, classes: int, flip: bool, pad: int) -> Dataset:
+def _checked(path: Path, name: str, classes: int | None, **more: Any) -> Dataset:
     remedy = f"delete {path} to have it made again"
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -139,11 +149,12 @@ def _checked(path: Path, name: str, classes: int, flip: bool, pad: int) -> Datas
             raise Misuse(f"{path}: x_{part} is {x.dtype} {x.shape}, it must be uint8 (N, size, size, 1 or 3) with N > 0; {remedy}")
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
             raise Misuse(f"{path}: y_{part} is {y.dtype} {y.shape}, it must be int64 ({len(x)},); {remedy}")
+        classes = classes or int(y.max()) + 1  # the training labels, which come first, tell
         if y.min() < 0 or y.max() >= classes:
             wrong = y[(y < 0) | (y >= classes)][0]
             raise Misuse(f"{path}: y_{part} holds the label {wrong}, labels of {name} lie in 0..{classes - 1}; {remedy}")
         arrays[f"y_{part}"] = y.astype(np.int64)
-    return Dataset(name, classes, **arrays, flip=flip, pad=pad)
+    return Dataset(name, classes, **arrays, **more)
 
 
 def to_images(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -165,6 +176,7 @@ class Batches:
         padding: str = "zero", device: torch.device | str = "cpu", shard=lambda n: slice(0, n),
     ) -> None:
         self.n, self.size = len(x), x.shape[1]
+        self.places: tuple[Tensor, Tensor]  # where the current batch's pixels come from: rows (B, H), columns (B, W) of `x`
         self.batch_size, self.seed, self.pad, self.flip = batch_size, seed, pad, flip
         self.device, self.shard = torch.device(device), shard
         mode = {"zero": "constant", "reflect": "reflect"}[padding]
@@ -178,7 +190,7 @@ class Batches:
 
     def epoch(self, epoch: int, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields x (B, C, H, W) in [0, 1], y (B,) int64, index (B,) int64 of the images, from batch `first` on."""
-        generator = seeded(self.seed, _DATA, epoch)
+        generator = seeded(self.seed, DATA, epoch)
         order = torch.randperm(self.n, generator=generator).to(self.device)
         shift = torch.randint(0, 2 * self.pad + 1, (self.n, 2), generator=generator).to(self.device)
         mirror = (torch.rand(self.n, generator=generator) < 0.5).to(self.device) & self.flip
@@ -188,4 +200,5 @@ class Batches:
             index = index[self.shard(len(index))]
             rows = shift[index, :1] + ruler
             columns = shift[index, 1:] + torch.where(mirror[index, None], ruler.flip(0), ruler)
+            self.places = rows, columns
             yield to_images(self.x[index[:, None, None], rows[:, :, None], columns[:, None, :]], dtype), self.y[index], index

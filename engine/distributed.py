@@ -33,6 +33,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cores() -> int:
+    """How many of this machine's processor cores are this process's share."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def shard(n: int) -> slice:
     """This process's contiguous part of n items, the parts differing by at most one item."""
     r, w = rank(), world()
@@ -44,6 +49,16 @@ def sum_(tensors: list[Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def gathered(part: Tensor, n: int) -> Tensor:
+    """All processes' parts of n items, put together in order: `part` is items[shard(n)] here."""
+    if not dist.is_initialized():
+        return part
+    whole = part.new_zeros((n, *part.shape[1:]))
+    whole[shard(n)] = part
+    dist.all_reduce(whole)
+    return whole
 
 
 def most(value: int, device: torch.device) -> int:

@@ -28,7 +28,7 @@ def one_sentence() -> Iterator[None]:
         stop(str(error), 1)
     except torch.OutOfMemoryError:
         stop("out of memory on the GPU: choose a smaller --batch-size", 1)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its writer
+    except (OSError, RuntimeError, EOFError) as error:  # torch reports a full disk as a RuntimeError of its writer
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "PytorchStreamWriter" in str(error)
         if full:
             stop("no room left on the disk: free some, or choose another --out-dir; the last complete save is intact", 1)
@@ -36,6 +36,8 @@ def one_sentence() -> Iterator[None]:
             stop(f"{error.filename}: {error.strerror}", 1)
         if "DefaultCPUAllocator" in str(error):
             stop("out of memory: choose a smaller --batch-size", 1)
+        if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):  # whichever of torch's two ends notices
+            stop("a process that reads images was killed, most likely for want of memory or of shared memory (/dev/shm): choose fewer --workers", 1)
         raise
     except KeyboardInterrupt:
         stop("interrupted; run the same command again to continue from the last save", 130)

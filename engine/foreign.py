@@ -34,14 +34,15 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     **NORMALISATIONS_OF_DATASETS,
     "cifar10-ckpt": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "svhn": ((0.4380, 0.4440, 0.4730), (0.1751, 0.1771, 0.1744)),
+    "svhn-nfgsm": ((0.4380, 0.4440, 0.4730), (0.1751, 0.1771, 0.1744)),
 }
 """Channel means and deviations that published networks were trained with: fast_adversarial, Rice and AWP use
-cifar10, CKPT cifar10-ckpt, N-FGSM cifar100 and svhn."""
+cifar10, CKPT cifar10-ckpt, N-FGSM cifar100 and svhn-nfgsm; on ImageNet fast_adversarial and Free AT imagenet."""
 
 TRIED: dict[int | None, tuple[str, ...]] = {
-    10: ("none", "cifar10", "cifar10-ckpt", "svhn", "imagenet"),
+    10: ("none", "cifar10", "cifar10-ckpt", "svhn-nfgsm", "imagenet"),
     100: ("none", "cifar100", "cifar10", "cifar10-ckpt", "imagenet"),
+    1000: ("none", "imagenet"),
     None: ("none", "cifar10", "imagenet"),
 }
 """By number of classes, None for any other: what to try when the file does not say. The first wins a tie."""
@@ -388,16 +389,22 @@ def _allowed(model: str | None, arch: str | None) -> tuple[str, ...]:
 
 def _fits(shapes: dict[str, tuple], names: tuple[str, ...]) -> list[tuple]:
     """Candidates without their normalisation, as tuples in the order of their fields."""
-    classes = next((shape[0] for shape in shapes.values() if len(shape) == 2), 10)  # the head's
-    stem, wide = (shapes.get(key, ()) for key in ("conv1.weight", "block1.layer.0.conv1.weight"))
-    channels = stem[1] if len(stem) == 4 else 3
-    widths = [None, *(w for w in (*stem[:1], *(first // 16 for first in wide[:1])) if 0 < w < 10_000)]
+    head = next((shape for shape in shapes.values() if len(shape) == 2), (10, 0))
+    plain, stem, block, wide = (shapes.get(key, ()) for key in (
+        "_model.0.weight", "conv1.weight", "layer1.0.conv1.weight", "block1.layer.0.conv1.weight"))
+    stem = plain or stem
+    classes, channels = head[0], stem[1] if len(stem) == 4 else 3
+    told = (*stem[:1], *block[:1], *(first // 16 for first in wide[:1]))
+    widths = [None, *dict.fromkeys(width for width in told if 0 < width < 10_000)]
+    sizes = [32, 64]  # only at 64 has a ResNet another last layer
+    if plain and plain[0]:  # a CNN's sees every position of every filter
+        sizes = [max(1, math.isqrt(head[1] // plain[0]))]
     for without in ((), (NEVER_CALLED,)):
         kept = {key: shape for key, shape in shapes.items() if not key.startswith(without)}
         for width in widths:
             found = {}
             for name in names:
-                for size in (32, 64):  # only at 64 is there another last layer
+                for size in sizes:
                     missing, unexpected, misshaped = _differences(kept, name, classes, channels, width, size)
                     if missing or unexpected:  # no size changes the names
                         break

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import models
 from engine import checkpoint, data, distributed, evaluate, record
 from engine.config import Config
 from engine.errors import Failure, Misuse
-from engine.schedule import SCHEDULES
+from engine.memory import Memory
 
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device"}
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers"}
 """The flags that a resumed run may be given anew."""
 
 
@@ -87,6 +87,7 @@ class Run:
         self.batch = self.step = self.epoch = 0
         self.total = cfg.epochs * len(self._data) * updates_per_batch
         self._updates_per_epoch = len(self._data) * updates_per_batch
+        self._schedule = cfg.schedule()
         self._kept: dict[str, Any] = {}
         self._generator = torch.Generator(self.device)
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
@@ -111,23 +112,60 @@ class Run:
     def channels(self) -> int:
         return self.dataset.channels
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the classifier's next update."""
+        return self.cfg.lr * self._schedule(self.step, self.total, self._updates_per_epoch).lr
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.channels, self.dataset.image_size, self.dataset.image_size
+
     # ---- what a script calls -------------------------------------------------------------------------------------
 
     def keep(self, **objects: Any) -> None:
-        """Networks, optimizers and tensors that outlive a batch: moved to the device, saved, restored.
+        """Networks, optimizers and tensors that outlive a batch: moved to the device, saved, and restored by `batches`.
 
         A tensor must already lie on `run.device` and be updated in place; one that the script rebinds, so that the
         engine would save a forgotten copy, ends the run at the next save.
-
-        Raises:
-            Misuse: what was saved under that name does not fit.
         """
         for name, kept in objects.items():
             if isinstance(kept, nn.Module):
                 kept.to(self.device, memory_format=torch.channels_last)
             self._kept[name] = kept
-            if self._saved is not None and name in self._saved["kept"]:
-                checkpoint.restore(kept, self._saved["kept"][name], name)
+
+    def classifier(self, arch: str | None = None) -> Classifier:
+        """Another network for this data set in training mode, like `run.model`: of --arch, or of a name from `models`."""
+        return Classifier(self._build(arch), self._autocast()).to(self.device).train()
+
+    def memory(self, name: str, *, per_image: bool = True, scale: float = 1.0, aligned: bool = False) -> Memory:
+        """A kept memory of x's shape for every training image, read and written with the batch's `index`.
+
+        One per image is half precision where the network runs in bf16.
+
+        Args:
+            per_image: False: for every position in the global batch instead, to be read with `run.positions`.
+            scale: see `Memory`.
+            aligned: remember in the image's own pixels: what was written is moved along with the crop and the flip.
+
+        Raises:
+            Misuse: it does not fit the device, or the images are streamed.
+        """
+        if aligned and self.dataset.streamed:
+            raise Misuse(f"--dataset {self.cfg.dataset}: a memory cannot be aligned with images that are streamed")
+        memory = Memory(
+            self._data.n if per_image else self.cfg.batch_size, self.shape, scale=scale, device=self.device,
+            dtype=torch.half if per_image and self._autocast() else torch.get_default_dtype(), gather=lambda part: distributed.gathered(part, self._global_batch),
+            **({"places": lambda: self._data.places, "pad": self._data.pad} if aligned else {}))
+        self.keep(**{name: memory.values})
+        return memory
+
+    @property
+    def positions(self) -> Tensor:
+        """Where this process's images stand in the global batch, (B,)."""
+        part = distributed.shard(self._global_batch)
+        return torch.arange(part.start, part.stop, device=self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields x (B, C, H, W) in [0, 1], y (B,) and the images' index (B,) until training is over.
@@ -156,33 +194,37 @@ class Run:
             if self._lock is not None:
                 self._lock.close()
 
-    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None, *, logits: Tensor | None = None) -> None:
+    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None, *, logits: Tensor | None = None,
+               max_norm: float | None = None, leaf: Tensor | None = None) -> None:
         """One descent step of `optimizer` (the classifier's when not given) on `loss`, the mean over this process's batch.
 
         Only gradients of that optimizer's parameters are computed, and averaged over processes by their batches' sizes.
-        A loss that is not finite never reaches the weights: the update is left out and the run ends at the next reading.
+        A loss or a gradient that is not finite never reaches the weights: that update is left out and the run ends at the
+        next reading.
 
         Args:
             logits: (B, classes), of which the training accuracy in the log is taken.
+            max_norm: the gradient's largest L2 norm over all parameters; it is scaled down to that.
+            leaf: a tensor, the perturbed images say, in whose `.grad` the same backward pass leaves its gradient.
 
         Raises:
-            Failure: the loss is not finite.
+            Failure: the loss or a gradient is not finite.
         """
         main = optimizer is None or optimizer is self.optimizer
         optimizer = self.optimizer if main else optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         optimizer.zero_grad()
-        loss.backward(inputs=parameters)
+        if leaf is not None:
+            leaf.grad = None
+        loss.backward(inputs=parameters if leaf is None else [*parameters, leaf])
         value = loss.detach().to(torch.float64, copy=True)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if distributed.world() > 1:
-            share = len(self._labels) / self._global_batch
-            for shared in (*gradients, value):
-                shared.mul_(share) if share else shared.zero_()  # the mean over no images is nan
-            distributed.sum_([*gradients, value])
+        self.averaged([*gradients, value])
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         undo = self._watch(value, parameters, optimizer)
         if main:
-            rates = SCHEDULES[self.cfg.lr_schedule](self.step, self.total, self._updates_per_epoch)
+            rates = self._schedule(self.step, self.total, self._updates_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = self.cfg.lr * rates.lr
                 group["momentum"] = rates.momentum if self.cfg.cycle_momentum else 0.9
@@ -208,6 +250,20 @@ class Run:
     def normal(self, x: Tensor) -> Tensor:
         """Noise N(0, 1) like x (B, ...): a function of (seed, batch of the run, position in the global batch)."""
         return self._noise(x, lambda noise: noise.normal_(generator=self._generator))
+
+    def averaged(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients of this process's mean loss, in place turned into those of the global batch's; the same on one process."""
+        if distributed.world() > 1:
+            share = len(self._labels) / self._global_batch
+            present = [gradient for gradient in gradients if gradient is not None]
+            for gradient in present:
+                gradient.mul_(share) if share else gradient.zero_()  # the mean over no images is nan
+            distributed.sum_(present)
+        return gradients
+
+    def random(self, *size: int) -> Tensor:
+        """Numbers U(0, 1) of that size, a function of (seed, batch of the run): the same in every process."""
+        return torch.rand(size, generator=self._generator, device=self.device)
 
     # ---- one epoch ----------------------------------------------------------------------------------------------
 
@@ -302,30 +358,38 @@ class Run:
         cfg = self.cfg
         if distributed.rank() > 0:
             distributed.wait()  # the first process makes the files
-        self.dataset = data.load(cfg.dataset, cfg.data_dir)
+        self.dataset = data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
         if distributed.rank() == 0:
             distributed.wait()
+        if self.dataset.streamed:
+            from engine import stream  # which needs torchvision, and a second to import it
+            if cfg.skip_damaged:
+                self.dataset = stream.without_damaged(self.dataset, self.device)
         x, y, x_val, y_val = self.dataset.split(cfg.train_size, cfg.val_size)
         if cfg.select_on == "test":
             x_val, y_val = self.dataset.x_test, self.dataset.y_test
         part = distributed.shard(len(x_val))
-        self._held_out = torch.from_numpy(x_val[part]), torch.from_numpy(y_val[part])
+        self._held_out = torch.from_numpy(self.dataset.pixels(x_val[part])), torch.from_numpy(y_val[part])
         self._held_out_n = len(x_val)
-        self._columns = evaluate.columns_named(cfg.monitor)
+        self._columns = evaluate.columns_named(cfg.measure)
         self._evaluation_batch = max(cfg.batch_size, 128)
         self._criterion = f"{cfg.select_on}_pgd10"
         crop = cfg.augment == "crop"
-        self._data = data.Batches(
-            x, y, batch_size=cfg.batch_size, seed=cfg.seed, pad=self.dataset.pad if crop else 0, flip=self.dataset.flip and crop,
-            padding=cfg.padding, device=self.device, shard=distributed.shard)
+        shared = dict(batch_size=cfg.batch_size, seed=cfg.seed, device=self.device, shard=distributed.shard)
+        if self.dataset.streamed:
+            self._data = stream.Batches(x, y, size=self.dataset.image_size, augment=crop, workers=cfg.workers, decode=cfg.decode, **shared)
+        else:
+            self._data = data.Batches(
+                x, y, pad=self.dataset.pad if crop else 0, flip=self.dataset.flip and crop, padding=cfg.padding, **shared)
 
-    def _build(self) -> nn.Module:
+    def _build(self, arch: str | None = None) -> nn.Module:
+        arch = arch or self.cfg.arch
         statistics = data.NORMALISATIONS[self.cfg.dataset] if self.cfg.normalise == "dataset" else None
         try:
-            network = models.build(self.cfg.arch, classes=self.classes, channels=self.channels, width=self.cfg.width,
+            network = models.build(arch, classes=self.classes, channels=self.channels, width=self.cfg.width,
                                    normalise=statistics, image_size=self.dataset.image_size)
         except ValueError as error:
-            raise Misuse(f"--arch {self.cfg.arch}: {error}") from error
+            raise Misuse(f"--arch {arch}: {error}") from error
         network = network.to(self.device, memory_format=torch.channels_last)
         distributed.copy_from_first(list(network.state_dict().values()))
         return network
@@ -343,12 +407,13 @@ class Run:
         return fill(noise)[distributed.shard(self._global_batch)]
 
     def _watch(self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """Keeps a loss that is not finite away from the weights, without making a GPU wait for the answer.
+        """Keeps a loss or a gradient that is not finite away from the weights, without making a GPU wait for the answer.
 
         Returns:
             What is to be called after the optimizer's step.
         """
-        finite = torch.isfinite(loss)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))
         if not self._deferred:
             if not finite:
                 self._bad_step.fill_(self.step)
@@ -369,7 +434,7 @@ class Run:
 
     def _read(self) -> None:
         if (step := int(self._bad_step)) >= 0:
-            raise Failure(f"the loss is not finite at update {step} (epoch {self.epoch + 1}); the weights were left as they were, "
+            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {self.epoch + 1}); the weights were left as they were, "
                           f"and {self.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
 
     def _average(self) -> None:
@@ -470,6 +535,8 @@ class Run:
         if saved["kept"].keys() != self._kept.keys():
             raise Misuse(f"{self.out_dir}/state.pth keeps {', '.join(saved['kept'])}, this run keeps {', '.join(self._kept)}: "
                          "it is another version's; start again with --resume never")
+        for name, kept in self._kept.items():
+            checkpoint.restore(kept, saved["kept"][name], name)
         self.epoch, self.batch, self.step = (saved["position"][name] for name in ("epoch", "batch", "step"))
         self._history, self._best, self._seconds = saved["history"], saved["best"], saved["seconds"]
         for name, value in self._sums.items():

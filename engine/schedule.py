@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 MOMENTUM = 0.9
@@ -13,19 +13,19 @@ class Rates(NamedTuple):
     momentum: float
 
 
-def multistep(step: int, total: int, per_epoch: int) -> Rates:
-    """x0.1 at 100/110 and again at 105/110 of the run: the FGSM-SDI and FGSM-PGI papers, at any number of epochs."""
-    return Rates(0.1 ** sum(step >= round(total * decay / 110) for decay in (100, 105)), MOMENTUM)
+def multistep(step: int, total: int, per_epoch: int, decays: Sequence[float] = (100 / 110, 105 / 110)) -> Rates:
+    """x0.1 at each of `decays`, which are parts of the run: by default those of the FGSM-SDI and FGSM-PGI papers."""
+    return Rates(0.1 ** sum(step >= round(total * decay) for decay in decays), MOMENTUM)
 
 
-def cyclic(step: int, total: int, per_epoch: int) -> Rates:
-    """A triangle 0 -> peak -> 0, with momentum 0.9 -> 0.8 -> 0.9: torch's CyclicLR as the papers' scripts call it.
+def cyclic(step: int, total: int, per_epoch: int, top: float = 0.5) -> Rates:
+    """A triangle 0 -> peak -> 0 with momentum 0.9 -> 0.8 -> 0.9: torch's CyclicLR as the papers' scripts call it.
 
-    The published scripts leave `cycle_momentum` at its default, so momentum moves too. The arithmetic is in CyclicLR's
-    order: the rates are then the same to the last bit.
+    `top` is the part of the run at which the peak comes. The published scripts leave `cycle_momentum` at its default, so
+    momentum moves too. The arithmetic is in CyclicLR's order: the rates are then the same to the last bit.
     """
     way = 1 + step / total - 1
-    height = way / 0.5 if way <= 0.5 else (way - 1) / -0.5
+    height = way / top if way <= top else (way - 1) / (top - 1)
     return Rates(height, MOMENTUM - (MOMENTUM - 0.8) * height)
 
 
@@ -48,6 +48,6 @@ def constant(step: int, total: int, per_epoch: int) -> Rates:
     return Rates(1.0, MOMENTUM)
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], Rates]] = {
+SCHEDULES: dict[str, Callable[..., Rates]] = {
     "multistep": multistep, "cyclic": cyclic, "onecycle": onecycle, "constant": constant,
 }

@@ -1,4 +1,4 @@
-"""Trains and evaluates a handful of methods side by side, and shows what came out: `make demo`, `make demo-cifar`.
+"""Trains and evaluates methods side by side, and shows what came out: `make demo`, `demo-all`, `demo-cifar`, `demo-cifar-all`.
 
 Single-threaded processes, as many at a time as there are cores. A step that is already done is not done again, and
 one failure does not stop the rest. Every run's numbers go to results/<demo>/<run>.json; the table and the figure are
@@ -12,11 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine import record
+from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
 from experiments import show
 
@@ -28,25 +29,45 @@ class Demo:
     """methods: label to script and flags, the slowest first, so that the cores are busy to the end."""
 
     methods: dict[str, tuple[str, ...]]
+    dataset: str
     common: tuple[str, ...]
     evaluation: tuple[str, ...]
     checkpoints: tuple[str, ...]
     seeds: tuple[int, ...]
 
 
+# What the two first demos leave to the ones of all methods.
+OTHERS = {
+    "LAS-TRADES": ("train_las_at.py", "--base", "trades"), "LAS-AWP": ("train_las_at.py", "--base", "awp"), "LAS-AT": ("train_las_at.py",),
+    "TRADES-AWP": ("train_awp.py", "--base", "trades"), "AWP": ("train_awp.py",), "LBGAT": ("train_lbgat.py",),
+    "TRADES": ("train_trades.py",), "MART": ("train_mart.py",), "GAIRAT": ("train_gairat.py",), "FAT": ("train_fat.py",),
+    "Free-AT": ("train_free_at.py",), "GradSum": ("train_gradsum.py",), "NuAT": ("train_nuat.py",), "GAT": ("train_gat.py",),
+    "FGSM-CKPT": ("train_fgsm_ckpt.py", "--lr", "0.2"), "FGSM-RS-CS": ("train_fgsm_rs_cs.py",), "LIET": ("train_liet.py",),
+    "FGSM-UAP": ("train_fgsm_uap.py",), "FGSM-MEP": ("train_fgsm_mep.py",), "FGSM-EP": ("train_fgsm_ep.py",),
+    "FGSM-BP": ("train_fgsm_bp.py",), "N-FGSM": ("train_n_fgsm.py",), "VFSAT": ("train_vfsat.py",), "Standard": ("train_standard.py",),
+}
+DIGITS = ("--dataset", "digits", "--epsilon", "76.5", "--epochs", "40", "--augment", "none", "--measure", "clean,fgsm,pgd10,pgd20")
+CIFAR = ("--dataset", "cifar10", "--epsilon", "16", "--arch", "resnet18", "--width", "16", "--train-size", "8000",
+         "--val-size", "500", "--epochs", "16", "--lr-schedule", "cyclic", "--measure", "clean,fgsm,pgd10,pgd20")
+
 DEMOS = {
     "digits": Demo(
         methods={"PGD-AT": ("train_pgd_at.py",), "FGSM-SDI": ("train_fgsm_sdi.py",), "FGSM-RS": ("train_fgsm_rs.py",),
                  "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
-        common=("--dataset", "digits", "--epsilon", "76.5", "--epochs", "40", "--augment", "none", "--monitor", "clean,fgsm,pgd10,pgd20"),
-        evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
+        dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
+    "digits-all": Demo(
+        methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2")} | OTHERS,
+        dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "cifar": Demo(
         methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",),
                  "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"), "FGSM-RS": ("train_fgsm_rs.py",),
                  "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
-        common=("--dataset", "cifar10", "--epsilon", "16", "--arch", "resnet18", "--width", "16", "--train-size", "8000",
-                "--val-size", "500", "--epochs", "16", "--lr-schedule", "cyclic", "--monitor", "clean,fgsm,pgd10,pgd20"),
+        dataset="cifar10", common=CIFAR,
         evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100"), checkpoints=("best", "last"), seeds=(0,)),
+    "cifar-all": Demo(  # who collapses: PGD tells that; AutoAttack on this many networks would take a CPU days
+        methods={"PGD-AT": ("train_pgd_at.py",)} | OTHERS, dataset="cifar10", common=CIFAR,
+        evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100", "--attacks", "clean,fgsm,pgd10,pgd20,pgd50,cw"),
+        checkpoints=("last",), seeds=(0, 1, 2)),
 }
 
 
@@ -89,6 +110,15 @@ def steps(demo: Demo, label: str, seed: int, output: Path, data_dir: Path) -> tu
     return Step(label, seed, "training", train, folder / "result.json"), evaluations
 
 
+def do(label: str, seed: int, train: Step, evaluations: dict[str, Step], results: Path) -> str | None:
+    """A run's training, its evaluations, and its JSON; what went wrong, or None."""
+    for step in (train, *evaluations.values()):
+        if said := step.run():
+            return said
+    collect(label, train, evaluations, results / f"{run_name(label, seed)}.json")
+    return None
+
+
 def collect(label: str, train: Step, evaluations: dict[str, Step], path: Path) -> None:
     """One small JSON of everything that a run measured."""
     log = train.product.with_name("log.jsonl").read_text().splitlines()
@@ -103,35 +133,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
     parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
     parser.add_argument("--results", default="results/", help="where the JSON, the table and the figure go (default: results/)")
+    parser.add_argument("--only", help="some of the methods, with commas between them (default: all of the demo)")
+    parser.add_argument("--seeds", help="as 0,1,2 (default: the demo's)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise Misuse(f"--jobs {args.jobs}: must be at least 1")
     demo, began = DEMOS[args.name], time.perf_counter()
     output, results = Path(args.output) / f"demo-{args.name}", Path(args.results) / f"demo-{args.name}"
-    if args.name == "cifar":
-        from engine.data import load
-        load("cifar10", args.data_dir)  # once, before eight processes want it
-    jobs = {(label, seed): steps(demo, label, seed, output, Path(args.data_dir)) for label in demo.methods for seed in demo.seeds}
+    load(demo.dataset, args.data_dir)  # once, before all processes want it
+    labels = args.only.split(",") if args.only else list(demo.methods)
+    if unknown := [label for label in labels if label not in demo.methods]:
+        raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(demo.methods)}")
+    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else demo.seeds
+    jobs = {(label, seed): steps(demo, label, seed, output, Path(args.data_dir)) for seed in seeds for label in labels}
     print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
-    failures = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        trainings = {pool.submit(train.run): job for job, (train, _) in jobs.items()}
-        following = []
-        for training in as_completed(trainings):
-            if said := training.result():
-                failures.append(said)
-            else:
-                following += [pool.submit(step.run) for step in jobs[trainings[training]][1].values()]
-        failures += [said for future in following if (said := future.result())]
-    for (label, seed), (train, evaluations) in jobs.items():
-        if all(step.product.is_file() for step in (train, *evaluations.values())):
-            collect(label, train, evaluations, results / f"{run_name(label, seed)}.json")
+        failures = [said for said in pool.map(lambda job: do(*job, *jobs[job], results), jobs) if said]
     minutes = (time.perf_counter() - began) / 60
     runs = show.read(results)
     if runs:
         print("\n" + show.table(runs, markdown=False))
-        show.curves(runs, results / "curves")
+        (show.curves if len(runs) < 8 else show.panels)(runs, results / "curves")
         print(f"\nfigure: {results}/curves.png; results: {results}/*.json")
     print(f"{minutes:.1f} minutes on {os.cpu_count()} cores")
     if failures:

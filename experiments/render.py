@@ -27,19 +27,25 @@ def between(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: found[1] + content + "\n" + found[2], text)
 
 
-def demo(name: str) -> str:
-    """A demo's table in Markdown, and what it was measured on."""
-    runs = show.read(ROOT / "results" / f"demo-{name}")
+def demo(*names: str) -> str:
+    """The table of one or several demos of the same setting in Markdown, and what it was measured on."""
+    runs: show.Runs = {}
+    for name in names:
+        found = show.read(ROOT / "results" / f"demo-{name}")
+        if found and show.is_dirty(found):
+            raise Failure(f"results/demo-{name} holds numbers from a tree that differs from its commit: measure them again")
+        runs |= found
     if not runs:
         return "Not measured yet."
-    if show.is_dirty(runs):
-        raise Failure(f"results/demo-{name} holds numbers from a tree that differs from its commit: measure them again")
-    facts = show.facts(runs)
-    spread = "mean (lowest to highest) over seeds" if facts["seeds"] > 1 else "with 95 % intervals"
+    facts = [show.facts(several) for several in runs.values()]
+    seeds = sorted({fact["seeds"] for fact in facts})
+    spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
+    count = " or ".join(map(str, seeds)) + (" seeds" if seeds[-1] > 1 else " seed")
+    on = {key: sorted({str(fact[key])[:length] for fact in facts}) for key, length in (("device", 80), ("torch", 20), ("commit", 10))}
     return (f"{show.table(runs, markdown=True)}\n\n"
-            f"Accuracy in percent on {facts['n']} test images at epsilon {facts['epsilon']:g}/255, {facts['epochs']} epochs, "
-            f"{facts['seeds']} {'seeds' if facts['seeds'] > 1 else 'seed'}, {spread}; {facts['device']}, torch {facts['torch']}, "
-            f"commit {facts['commit'][:10]}.")
+            f"Accuracy in percent on {facts[0]['n']} test images at epsilon {facts[0]['epsilon']:g}/255, {facts[0]['epochs']} epochs, "
+            f"{count}, {spread}; {' and '.join(on['device'])}, torch {' and '.join(on['torch'])}, "
+            f"commit{'s' if len(on['commit']) > 1 else ''} {', '.join(on['commit'])}.")
 
 
 def gaps(name: str) -> str:
@@ -56,7 +62,7 @@ def fidelity() -> str:
     """The largest differences from the published code, in Markdown: a row per run."""
     quantities = {"weights": "classifier weights", "BatchNorm buffers": "classifier buffers", "momentum buffers": "classifier optimizer momentum_buffer",
                   "generator": "generator weights", "lr": "classifier lr", "momentum": "classifier momentum", "loss": "classifier loss"}
-    lines = ["| script | run | steps | " + " | ".join(quantities) + " |", "| --- | --- | ---: |" + " ---: |" * len(quantities)]
+    lines = ["| comparison | run | steps | " + " | ".join(quantities) + " |", "| --- | --- | ---: |" + " ---: |" * len(quantities)]
     sources = []
     for path in sorted((ROOT / "results" / "fidelity").glob("*.json")):
         report = json.loads(path.read_text())
@@ -66,7 +72,7 @@ def fidelity() -> str:
             found = run["largest_differences"]
             values = [found[key]["relative"]["value"] if key in found else None for key in quantities.values()]
             cells = ["" if value is None else f"{value:.0e}" if value else "0" for value in values]
-            lines.append(f"| {report['ours']['script']} | {name}: {run['what']} | {run['steps']} | " + " | ".join(cells) + " |")
+            lines.append(f"| {path.stem} ({report['ours']['script']}) | {name}: {run['what']} | {run['steps']} | " + " | ".join(cells) + " |")
         published = report["published"]
         sources.append(f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}, ours at {report['ours']['commit'][:10]}")
     if not sources:
@@ -90,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     pages = {
         "README.md": {"demo-digits": demo("digits"), "demo-cifar": demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu()},
-        "docs/methods.md": {"fidelity": fidelity()},
+        "docs/methods.md": {"fidelity": fidelity(), "demo-digits-all": demo("digits", "digits-all"), "demo-cifar-all": demo("cifar-all")},
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()

@@ -52,9 +52,8 @@ def cell(metrics: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(values):.1f} ({low:.1f} to {high:.1f})"
 
 
-def facts(runs: Runs) -> dict[str, Any]:
-    """What a caption needs: n, seeds, machine, versions, commit."""
-    several = next(iter(runs.values()))
+def facts(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a caption needs to say of a method's runs: n, seeds, machine, versions, commit."""
     run = several[0]["run"]
     evaluation = next(iter(several[0]["evaluations"].values()))
     return {"n": evaluation["n"], "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"],
@@ -88,6 +87,44 @@ def curves(runs: Runs, path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy on held-out images (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside upper center", ncols=len(runs))
+    save(figure, path)
+
+
+def panels(runs: Runs, path: Path) -> None:
+    """The same for many methods: a panel for each of them, with its three accuracies; a line a seed. Writes .png and .pdf."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = {"clean": ("clean images", "#000000", ":"), "fgsm": ("FGSM, one step", "#D55E00", "--"), "pgd20": ("PGD-20", "#0072B2", "-")}
+    wide = 6
+    high = -(-len(runs) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(12, 1.9 * high + 0.5), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    for axis, (label, several) in zip(axes.flat, runs.items()):
+        for column, (name, colour, line) in lines.items():
+            for run in several:
+                key = f"{run['run']['config']['select_on']}_{column}"
+                axis.plot([row["epoch"] for row in run["log"]], [row[key] for row in run["log"]], linestyle=line, color=colour,
+                          linewidth=1.3, label=name if run is several[0] else None)
+        axis.set_title(label, fontsize=9)
+        axis.set_ylim(0, None)
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[len(runs):]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy (%)", fontsize=8)
+    for column in range(wide):
+        lowest = max((row for row in range(high) if row * wide + column < len(runs)), default=0)
+        axes[lowest, column].set_xlabel("epoch", fontsize=8)
+        axes[lowest, column].tick_params(labelbottom=True)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside upper center", ncols=len(lines))
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """As .png and as .pdf, the same bytes every time."""
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, options in (("png", {"dpi": 160}), ("pdf", {"metadata": {"CreationDate": None}})):
         figure.savefig(path.with_suffix(f".{suffix}"), **options)

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from models.cnn import CNN
 from models.generator import PerturbationGenerator
 from models.normalize import Normalize
 from models.preact_resnet import PreActResNet
 from models.resnet import ResNet
+from models.resnet50 import ResNet50
+from models.strategy import StrategyNetwork
 from models.wide_resnet import WideResNet
 
-__all__ = ["NAMES", "Normalize", "PerturbationGenerator", "build", "parameter_count"]
+__all__ = ["NAMES", "Normalize", "PerturbationGenerator", "StrategyNetwork", "build", "parameter_count"]
 
 _NETWORKS = {
     "resnet18": (ResNet, {}),
@@ -21,11 +24,15 @@ _NETWORKS = {
     "preactresnet18b": (PreActResNet, {"raw_shortcut": True, "final_bn": True}),
     "preactresnet18c": (PreActResNet, {"raw_shortcut": True}),
     "preactresnet18d": (PreActResNet, {"final_bn": True}),
+    "preactresnet34": (PreActResNet, {"blocks": (3, 4, 6, 3), "raw_shortcut": True}),
+    "resnet50": (ResNet50, {}),
     "wideresnet28-10": (WideResNet, {"depth": 28}),
     "wideresnet34-10": (WideResNet, {}),
     "wideresnet34-10-subblock": (WideResNet, {"sub_block1": True}),
     "wideresnet34-20": (WideResNet, {"width": 20}),
     "wideresnet70-16": (WideResNet, {"depth": 70, "width": 16}),
+    "cnn1": (CNN, {}),
+    "cnn4": (CNN, {"layers": 4, "width": 16}),
 }
 
 NAMES = tuple(_NETWORKS)
@@ -44,12 +51,13 @@ def build(
 
     Args:
         name: one of `NAMES`.
-        width: channels of a ResNet's first stage (published: 64; resnet8: 16), or a wide ResNet's widening
-            factor; None for what the name says.
+        width: channels of a ResNet's first stage (published: 64; resnet8: 16), in resnet50 of those inside its
+            blocks alone; a wide ResNet's widening factor; a CNN's filters; None for what the name says.
         normalise: (mean, std) per channel, or None for the identity. Either way they are in the state_dict as
             `normalize.mean` and `normalize.std`; published files lack them.
-        image_size: side of the training images. Only 64 makes a difference: pre-activation and wide
-            ResNets then have the published Tiny ImageNet head. The others pool globally, whatever the size.
+        image_size: side of the training images. For ResNets only 64 makes a difference: pre-activation and wide
+            ones then have the published Tiny ImageNet head. The others pool globally, whatever the size. A CNN
+            takes images of this size alone.
 
     Raises:
         ValueError: an unknown name, a count that is not positive, or a normalisation that does not fit.
@@ -67,7 +75,7 @@ def build(
     options = defaults | {"normalize": Normalize(mean, std), "classes": classes, "channels": channels}
     if width is not None:
         options["width"] = width
-    if network is not ResNet:
+    if network not in (ResNet, ResNet50):
         options["image_size"] = image_size
     return network(**options)
 

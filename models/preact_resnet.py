@@ -1,4 +1,4 @@
-"""Pre-activation ResNet18 (He et al. 2016, arXiv:1603.05027) in the four forms of published weights.
+"""Pre-activation ResNets (He et al. 2016, arXiv:1603.05027) in the four forms of published weights.
 
 The field's files differ in two places, and the names of the parameters show only the second:
 
@@ -8,7 +8,8 @@ The field's files differ in two places, and the names of the parameters show onl
     c         x                              no                                 GradAlign, VFSAT, RobustBench
     d         relu(bn1(x))                   yes                                robust_overfitting, AWP
 
-So a file of variant a fits c, and b fits d, and the accuracy alone tells which it is.
+So a file of variant a fits c, and b fits d, and the accuracy alone tells which it is. With 18 layers all four
+are published, with 34 layers only c: VFSAT's network for Tiny ImageNet.
 """
 
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class PreActResNet(nn.Module):
         classes: rows of the last layer.
         channels: of the images.
         width: channels of the first stage; the later ones have 2, 4 and 8 times as many.
+        blocks: how many blocks each stage has, at least one.
         image_size: side of the training images.
         raw_shortcut: feed projection shortcuts with the block's input instead of its first activation.
         final_bn: normalise and rectify once more before the pooling.
@@ -65,6 +67,7 @@ class PreActResNet(nn.Module):
         classes: int,
         channels: int,
         width: int = 64,
+        blocks: tuple[int, int, int, int] = (2, 2, 2, 2),
         image_size: int = 32,
         raw_shortcut: bool = False,
         final_bn: bool = False,
@@ -75,17 +78,19 @@ class PreActResNet(nn.Module):
         self.grid = 2 if image_size == 64 else 1
         self.normalize = normalize
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.layer1 = self._stage(width, stride=1)
-        self.layer2 = self._stage(2 * width, stride=2)
-        self.layer3 = self._stage(4 * width, stride=2)
-        self.layer4 = self._stage(8 * width, stride=2)
+        self.layer1 = self._stage(blocks[0], width, stride=1)
+        self.layer2 = self._stage(blocks[1], 2 * width, stride=2)
+        self.layer3 = self._stage(blocks[2], 4 * width, stride=2)
+        self.layer4 = self._stage(blocks[3], 8 * width, stride=2)
         self.bn = nn.BatchNorm2d(8 * width) if final_bn else None
         self.linear = nn.Linear(8 * width * self.grid**2, classes)
 
-    def _stage(self, outputs: int, stride: int) -> nn.Sequential:
-        first = PreActBlock(self.features, outputs, stride, self.raw_shortcut)
+    def _stage(self, count: int, outputs: int, stride: int) -> nn.Sequential:
+        stage = nn.Sequential(PreActBlock(self.features, outputs, stride, self.raw_shortcut))
+        for _ in range(count - 1):
+            stage.append(PreActBlock(outputs, outputs, 1, self.raw_shortcut))
         self.features = outputs
-        return nn.Sequential(first, PreActBlock(outputs, outputs, 1, self.raw_shortcut))
+        return stage
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.normalize(x))

@@ -6,8 +6,6 @@ Parameter names are those of the files which the field shares (kuangliu's ResNet
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.normalize import Normalize
-
 
 class BasicBlock(nn.Module):
     """conv-BN-ReLU-conv-BN plus shortcut, then ReLU; where shapes differ a 1x1 conv with BN projects."""
@@ -33,7 +31,57 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class Backbone(nn.Module):
+    """Stem, four stages and pooling: what a ResNet is without its last layer.
+
+    Args:
+        normalize: the first layer.
+        channels: of the images.
+        width: channels of the first stage; the later ones have 2, 4 and 8 times as many.
+        blocks: how many blocks each stage has; a stage of none is left out.
+        relu_before_add: see `ResNet`.
+        grid: the pooling keeps this many positions along either side.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: nn.Module,
+        channels: int,
+        width: int,
+        blocks: tuple[int, int, int, int],
+        relu_before_add: bool = False,
+        grid: int = 1,
+    ):
+        super().__init__()
+        self.features = width
+        self.relu_before_add = relu_before_add
+        self.grid = grid
+        self.normalize = normalize
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(blocks[0], width, stride=1)
+        self.layer2 = self._stage(blocks[1], 2 * width, stride=2)
+        self.layer3 = self._stage(blocks[2], 4 * width, stride=2)
+        self.layer4 = self._stage(blocks[3], 8 * width, stride=2)
+        self.features *= grid**2  # now what a last layer sees
+
+    def _stage(self, count: int, outputs: int, stride: int) -> nn.Sequential:
+        stage = nn.Sequential()
+        for i in range(count):
+            stage.append(BasicBlock(self.features, outputs, stride if i == 0 else 1, self.relu_before_add))
+            self.features = outputs
+        return stage
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (N, channels, H, W) in [0, 1] to pooled activations (N, features)."""
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        height, width = out.shape[-2:]
+        return F.avg_pool2d(out, (height // self.grid, width // self.grid)).flatten(1)
+
+
+class ResNet(Backbone):
     """Images (N, channels, H, W) in [0, 1] to logits (N, classes); any image size, for the pooling is global.
 
     At 32x32 that is the published `avg_pool2d(4)`.
@@ -51,33 +99,17 @@ class ResNet(nn.Module):
     def __init__(
         self,
         *,
-        normalize: Normalize,
+        normalize: nn.Module,
         classes: int,
         channels: int,
         width: int = 64,
         blocks: tuple[int, int, int, int] = (2, 2, 2, 2),
         relu_before_add: bool = False,
     ):
-        super().__init__()
-        self.features = width
-        self.relu_before_add = relu_before_add
-        self.normalize = normalize
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = self._stage(blocks[0], width, stride=1)
-        self.layer2 = self._stage(blocks[1], 2 * width, stride=2)
-        self.layer3 = self._stage(blocks[2], 4 * width, stride=2)
-        self.layer4 = self._stage(blocks[3], 8 * width, stride=2)
+        super().__init__(
+            normalize=normalize, channels=channels, width=width, blocks=blocks, relu_before_add=relu_before_add
+        )
         self.linear = nn.Linear(self.features, classes)
 
-    def _stage(self, count: int, outputs: int, stride: int) -> nn.Sequential:
-        stage = nn.Sequential()
-        for i in range(count):
-            stage.append(BasicBlock(self.features, outputs, stride if i == 0 else 1, self.relu_before_add))
-            self.features = outputs
-        return stage
-
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.avg_pool2d(out, out.shape[-2:]).flatten(1))
+        return self.linear(self.embed(x))

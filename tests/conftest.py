@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset", "digits", "--train-size", "200", "--val-size", "40", "--batch-size", "32", "--epochs", "2", "--device", "cpu")
+SMALL = {"train_las_at": ("--interval", "2"), "train_free_at": ("--replays", "2")}  # so that a tiny run shows the whole method
 TIMES = {"seconds", "images_per_second"}  # what no two runs have in common
 MAY_DIFFER = {"out_dir", "resume", "save_every", "time_limit"}  # flags that do not change what a run computes
 
@@ -59,7 +60,7 @@ class Tiny:
         """A tiny run that must end well; returns its directory."""
         out_dir = out_dir or self.directory / f"run{len(self.runs)}"
         self.runs.append(out_dir)
-        result = self.command(script, *self.flags, *flags, "--out-dir", out_dir)
+        result = self.command(script, *self.flags, *SMALL.get(script, ()), *flags, "--out-dir", out_dir)
         assert result.status == 0, result.err
         return out_dir
 

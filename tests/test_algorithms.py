@@ -438,7 +438,7 @@ class Recording:
             monkeypatch.setattr(script, "misalignment", misaligned)
         self.cfg = script.Config(
             dataset="digits", epsilon=24, epochs=2, batch_size=64, train_size=160, val_size=40, lr=0.1,
-            lr_schedule="cyclic", monitor="pgd10", device="cpu", out_dir=str(tmp_path), **options,
+            lr_schedule="cyclic", measure="pgd10", device="cpu", out_dir=str(tmp_path), **options,
         )  # fmt: skip
         script.main(self.cfg)
         self.model = self.run.model

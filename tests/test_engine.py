@@ -376,7 +376,7 @@ RESULT_FIELDS = {"method", "dataset", "arch", "config", "seed", "commit", "dirty
 @pytest.mark.parametrize("ema", [0, 0.8])
 def test_what_is_written_agrees(train_script, ema, tiny, monkeypatch):
     monkeypatch.setenv("SOURCE_COMMIT", "abc")
-    out_dir = tiny.train(train_script, "--ema", ema, "--epochs", 4, "--monitor", "clean,fgsm,pgd10,pgd20")
+    out_dir = tiny.train(train_script, "--ema", ema, "--epochs", 4, "--measure", "clean,fgsm,pgd10,pgd20")
     result, configured = (json.loads((out_dir / f"{name}.json").read_text()) for name in ("result", "config"))
     log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     script = importlib.import_module(train_script)
@@ -529,7 +529,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_help_lists_every_flag_with_its_help(train_script):
     script = importlib.import_module(train_script)
     text = config.parser(script.Config, script.__doc__).format_help()
-    usage, shared, own = re.split(r"shared by all methods:|of this method:", text)
+    usage, shared, own = (re.split(r"shared by all methods:|of this method:", text) + [""])[:3]  # standard training has none of its own
     assert "".join(script.__doc__.split()) in "".join(usage.split())
     of_all = {field.name for field in dataclasses.fields(engine.Config)}
     for field in dataclasses.fields(script.Config):
@@ -599,13 +599,13 @@ def test_the_cyclic_schedule_has_the_papers_peak(script, peak):
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 DRIVER = '''
-"""Runs FGSM-RS or PGD-AT with arguments from outside; what is patched is said there too."""
+"""Runs FGSM-RS, PGD-AT or AWP with arguments from outside; what is patched is said there too."""
 import os, sys
 import torch
 from torch import nn
 import engine, models
 from engine import distributed
-import train_fgsm_rs, train_pgd_at
+import train_awp, train_fgsm_rs, train_pgd_at
 
 patches, script, *flags = sys.argv[1:]
 torch.set_num_threads(1)
@@ -633,7 +633,7 @@ if "onerank" in patches:  # a signal reaches one process alone
             run._asked_to_stop = True
 
     engine.Run.update = update_and_ask
-module = {"rs": train_fgsm_rs, "pgd": train_pgd_at}[script]
+module = {"rs": train_fgsm_rs, "pgd": train_pgd_at, "awp": train_awp}[script]
 sys.argv = [module.__file__, *flags]
 engine.launch(module.main, module.Config, module.__doc__)
 '''
@@ -669,9 +669,10 @@ def processes(tmp_path, monkeypatch):
     return launch
 
 
-def test_two_processes_compute_what_one_does(processes):
+@pytest.mark.parametrize("script", [("rs", "--ema", 0.9), ("awp", "--steps", 2)], ids=lambda script: script[0])
+def test_two_processes_compute_what_one_does(script, processes):
     """71 images in batches of 16: the last one has 7, which two processes share as 3 and 4."""
-    flags = ("float64 nobatchnorm", "rs", "--train-size", 71, "--batch-size", 16, "--ema", 0.9)
+    flags = ("float64 nobatchnorm", *script, "--train-size", 71, "--batch-size", 16)
     two, one = processes(2, "two", *flags), processes(1, "one", *flags)
     for name in ("last", "best"):
         a, b = (torch.load(path / f"{name}.pth", weights_only=True) for path in (one, two))

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 import models
 from engine import foreign
@@ -33,8 +35,11 @@ KEYS = json.loads((Path(__file__).parent / "fixtures" / "published_keys.json").r
 RESNET, RESNET_C100 = "FGSM-SDI/models/resnet.py", "FGSM-SDI/Cifar100_models/resnet.py"
 PREACT_A, PREACT_TINY = "FGSM-SDI/models/preact_resnet.py", "FGSM-SDI/ImageNet_models/preact_resnet.py"
 PREACT_B, PREACT_C = "fast_adversarial/CIFAR10/preact_resnet.py", "understanding-fast-adv-training/models.py"
+PREACT_34 = "Improving-Single-Step-Adversarial-Training-By-Local-Smoothing/models.py 34, Tiny"
+CNN1 = f"{PREACT_C} CNN 1 x 4"
 WIDE = "FGSM-SDI/models/wide_resnet.py"
 NARROW, NARROW_PLAIN = "wideresnet34-10-subblock width 1", "wideresnet34-10 width 1"
+RESNET50, NARROW_50 = "torchvision resnet50", "torchvision resnet50 width_per_group 8"
 
 AC, BD = ("preactresnet18a", "preactresnet18c"), ("preactresnet18b", "preactresnet18d")
 RESNETS = ("resnet18", "resnet18-nuat")
@@ -54,6 +59,11 @@ def shapes(manifest: str) -> dict[str, tuple[int, ...]]:
     if manifest in (NARROW, NARROW_PLAIN):
         net = models.build(manifest.split()[0], width=1)
         return {key: tuple(value.shape) for key, value in bare(net).items()}
+    if manifest in (RESNET50, NARROW_50):
+        with torch.device("meta"):
+            width = 64 if manifest == RESNET50 else 8
+            net = torchvision.models.ResNet(Bottleneck, [3, 4, 6, 3], width_per_group=width)
+        return {key: tuple(value.shape) for key, value in net.state_dict().items()}
     once = (key for key in KEYS[manifest] if not key.startswith("model_preact_hl1."))
     return {key: tuple(KEYS[manifest][key]) for key in once}
 
@@ -120,9 +130,11 @@ class RecordManager:
 def with_duplicates(state: dict) -> OrderedDict:
     """GradAlign's class registers its first layers a second time."""
     first = {"model_preact_hl1.1.": "conv1.", "model_preact_hl1.2.": "layer1.0.bn1."}
+    first["model_preact_hl1.0."] = "_model.0."  # of the CNN
+    manifest = CNN1 if "_model.0.weight" in state else PREACT_C
     duplicates = {key: state[original + key.removeprefix(again)] for again, original in first.items()
-                  for key in KEYS[PREACT_C] if key.startswith(again)}
-    assert len(duplicates) == 6
+                  for key in KEYS[manifest] if key.startswith(again)}
+    assert len(duplicates) == (2 if manifest == CNN1 else 6)
     return OrderedDict(state) | duplicates
 
 
@@ -179,6 +191,17 @@ ROWS = {
     "VFSAT": Row(
         PREACT_C, lambda s: {"last": weights(PREACT_C, 1), "best": with_duplicates(s),
                              "best_test": weights(PREACT_C, 2)}, AC, container="best"),
+    "VFSAT, Tiny ImageNet": Row(
+        PREACT_34, lambda s: {"last": with_duplicates(s), "best": parallel(with_duplicates(s)),
+                              "best_test": parallel(with_duplicates(s))}, ("preactresnet34",),
+        container="best", prefix="module.", classes=200, options=(("image_size", 64),)),
+    "GradAlign, one layer": Row(
+        CNN1, lambda s: {"last": weights(CNN1, 1), "best": with_duplicates(s)}, ("cnn1",), container="best"),
+    "fast_adversarial and Free AT, ImageNet": Row(
+        NARROW_50, lambda s: {"epoch": 15, "arch": "resnet50", "state_dict": parallel(s),
+                              "best_prec1": torch.tensor(55.4), "optimizer": optimizer()}, ("resnet50",),
+        "imagenet", container="state_dict", prefix="module.", legacy=True, classes=1000,
+        options=(("width", 8),)),
     "CKPT": Row(
         PREACT_A, lambda s: pair(*CKPT, ("0.mean", "0.std"), (3,)) | prefixed("1.", s), AC, "cifar10-ckpt",
         prefix="1.", carried=True),
@@ -275,12 +298,20 @@ def test_never_called_block_is_left_out_when_the_plain_network_is_asked_for(tmp_
     assert foreign.load(path, model="WideResNet", normalise="none")[1]["arch"] == "wideresnet34-10-subblock"
 
 
-def test_imagenet_files_of_fast_adversarial_are_refused_by_name(tmp_path):
-    state = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv3.weight": torch.zeros(256, 64, 1, 1),
-             "fc.weight": torch.zeros(1000, 2048)}
+def test_a_full_size_resnet50(tmp_path):
+    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes(RESNET50).items()}
     content = {"epoch": 15, "arch": "resnet50", "state_dict": parallel(state), "best_prec1": torch.tensor(60)}
-    with pytest.raises(Misuse, match=r"layer1\.0\.conv3\.weight"):
-        foreign.load(saved(tmp_path / "checkpoint.pth.tar", content))
+    net, report = foreign.load(saved(tmp_path / "checkpoint.pth.tar", content), normalise="imagenet")
+    assert report["arch"] == "resnet50" and report["width"] is None and report["classes"] == 1000
+    assert models.parameter_count(net) == 25_557_032
+
+
+def test_another_depth_is_refused_by_name(tmp_path):
+    with torch.device("meta"):
+        net = torchvision.models.resnet101(num_classes=10)
+    state = {key: torch.zeros(()).expand(value.shape) for key, value in net.state_dict().items()}
+    with pytest.raises(Misuse, match=r"closest is resnet50: .*layer3\.6\."):
+        foreign.load(saved(tmp_path / "checkpoint.pth.tar", state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -335,6 +366,10 @@ def test_best_and_last(tmp_path):
     ("resnet18-nuat", {"width": 4}, None),
     ("resnet8", {"channels": 1, "image_size": 8}, ((0.3055,), (0.3774,))),
     ("wideresnet34-20", {"width": 1}, None),
+    ("preactresnet34", {"width": 4, "classes": 200, "image_size": 64}, None),
+    ("resnet50", {"width": 8, "channels": 1, "classes": 20}, None),
+    ("cnn1", {"channels": 1, "image_size": 8}, ((0.3055,), (0.3774,))),
+    ("cnn4", {"width": 5, "image_size": 28}, foreign.NORMALISATIONS["cifar10"]),
 ])
 def test_our_own_checkpoints_are_unambiguous(arch, options, normalise, tmp_path):
     net = models.build(arch, normalise=normalise, **options).eval()
@@ -394,7 +429,7 @@ def _narrow(arch: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("arch, normalise", [
     ("preactresnet18a", "none"), ("preactresnet18c", "none"), ("preactresnet18b", "cifar10"),
-    ("preactresnet18d", "imagenet"), ("resnet18", "none"), ("resnet18-nuat", "none"), ("resnet18", "svhn"),
+    ("preactresnet18d", "imagenet"), ("resnet18", "none"), ("resnet18-nuat", "none"), ("resnet18", "svhn-nfgsm"),
 ])
 def test_clean_accuracy_tells_what_the_keys_do_not(arch, normalise, tmp_path):
     state, x, y = trained(arch, normalise)

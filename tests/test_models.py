@@ -3,7 +3,9 @@
 `fixtures/published_keys.json` holds the state_dict keys and shapes of the published classes, and
 `fixtures/published_outputs.json` what those classes compute in float64 from the weights of `fill` and the
 inputs of `images`, in evaluation mode and then in training mode. Both were recorded from FGSM-SDI at d54cac6,
-fast_adversarial at 54f7287 and understanding-fast-adv-training at ceed494.
+fast_adversarial at 54f7287, understanding-fast-adv-training at ceed494, LAS-AT at ee756b7, NuAT at 8962290,
+robust_overfitting at c47a25c and Improving-Single-Step-Adversarial-Training-By-Local-Smoothing (VFSAT) at
+9b877ea, for Tiny ImageNet with the last layer that it has as a comment. ResNet50 is compared with torchvision.
 """
 
 import copy
@@ -15,12 +17,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torchvision.models.resnet import Bottleneck
 
 import models
+from published.strategy_keys import renamed
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PUBLISHED_KEYS = json.loads((FIXTURES / "published_keys.json").read_text())
 PUBLISHED_OUTPUTS = json.loads((FIXTURES / "published_outputs.json").read_text())
+VFSAT = "Improving-Single-Step-Adversarial-Training-By-Local-Smoothing/models.py"
+GRADALIGN = "understanding-fast-adv-training/models.py"
+STRATEGY = {"epsilon": 13, "steps": 12, "alpha": 5}
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
 TWINS = {  # published class: (our name, options)
@@ -29,7 +37,13 @@ TWINS = {  # published class: (our name, options)
     "FGSM-SDI/models/preact_resnet.py": ("preactresnet18a", {}),
     "FGSM-SDI/ImageNet_models/preact_resnet.py": ("preactresnet18a", {"classes": 200, "image_size": 64}),
     "fast_adversarial/CIFAR10/preact_resnet.py": ("preactresnet18b", {}),
-    "understanding-fast-adv-training/models.py": ("preactresnet18c", {}),
+    "robust_overfitting/preactresnet.py": ("preactresnet18d", {}),
+    "NuAT/CIFAR10/ResNet.py": ("resnet18-nuat", {}),
+    GRADALIGN: ("preactresnet18c", {}),
+    f"{GRADALIGN} CNN 1 x 4": ("cnn1", {}),
+    f"{GRADALIGN} CNN 4 x 16": ("cnn4", {}),
+    f"{VFSAT} 34": ("preactresnet34", {}),
+    f"{VFSAT} 34, Tiny": ("preactresnet34", {"classes": 200, "image_size": 64}),
     "FGSM-SDI/models/wide_resnet.py": ("wideresnet34-10-subblock", {}),
     "FGSM-SDI/ImageNet_models/wide_resnet.py": (
         "wideresnet34-10-subblock",
@@ -41,6 +55,11 @@ TWINS = {  # published class: (our name, options)
         {"width": 1, "classes": 200, "image_size": 64},
     ),
     "FGSM-SDI/attacker.py": ("generator", {}),
+    "LAS-AT/LAS_PGD_AT/StrategyNet.py": ("strategy", {"actions": {"method": 1} | STRATEGY}),
+    "LAS-AT/LAS_Trades/TinyImageNet_StrategyNet.py": (
+        "strategy",
+        {"actions": {"method": 1} | STRATEGY | {"beta": 5}, "image_size": 64},
+    ),
 }
 
 
@@ -50,6 +69,8 @@ def seed():
 
 
 def create(name, options):
+    if name == "strategy":
+        return models.StrategyNetwork(**options)
     return models.PerturbationGenerator(**options) if name == "generator" else models.build(name, **options)
 
 
@@ -57,9 +78,9 @@ def weights(network):
     return {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("normalize.")}
 
 
-def fill(network):
+def fill(state):
     """Weights that depend on nothing but names and shapes (numpy promises never to change this stream)."""
-    for key, tensor in network.state_dict().items():
+    for key, tensor in state.items():
         if key.startswith(("normalize.", "model_preact_hl1.", "sub_block1.")) or "num_batches" in key:
             continue
         noise = np.random.RandomState(zlib.crc32(key.encode())).uniform(-1, 1, tuple(tensor.shape))
@@ -89,6 +110,7 @@ def tiny(name, **options):
     [
         ("resnet18", {}, 11_173_962),
         ("resnet18", {"classes": 100}, 11_220_132),
+        ("resnet18", {"classes": 200, "image_size": 64}, 11_271_432),
         ("resnet18-nuat", {}, 11_173_962),
         ("preactresnet18", {}, 11_171_146),
         ("preactresnet18a", {}, 11_171_146),
@@ -97,6 +119,10 @@ def tiny(name, **options):
         ("preactresnet18d", {}, 11_172_170),
         ("preactresnet18", {"classes": 200, "image_size": 64}, 11_575_816),
         ("preactresnet18", {"classes": 200, "image_size": 32}, 11_268_616),
+        ("preactresnet34", {}, 21_279_306),
+        ("preactresnet34", {"classes": 200, "image_size": 64}, 21_683_976),
+        ("resnet50", {"classes": 1000}, 25_557_032),
+        ("resnet50", {"classes": 1000, "width": 128}, 68_883_240),
         ("wideresnet34-10", {}, 46_160_474),
         ("wideresnet34-10", {"classes": 100}, 46_218_164),
         ("wideresnet34-10-subblock", {}, 48_262_586),
@@ -105,7 +131,14 @@ def tiny(name, **options):
         ("wideresnet34-20", {}, 184_531_674),
         ("wideresnet70-16", {}, 266_796_506),
         ("resnet8", {"channels": 1}, 77_754),
+        ("cnn1", {}, 41_082),
+        ("cnn1", {"width": 16}, 164_298),
+        ("cnn1", {"width": 16, "channels": 1, "image_size": 28}, 125_610),
+        ("cnn4", {}, 171_258),
         ("generator", {}, 79_174),
+        ("strategy", {"actions": STRATEGY}, 11_184_222),
+        ("strategy", {"actions": {"method": 1} | STRATEGY}, 11_184_735),
+        ("strategy", {"actions": STRATEGY | {"beta": 5}, "image_size": 64}, 11_240_547),
     ],
 )
 def test_parameter_count(name, options, count):
@@ -116,12 +149,14 @@ def test_parameter_count(name, options, count):
 @pytest.mark.parametrize("published", PUBLISHED_KEYS)
 def test_published_weights_fit(published):
     expected = {key: tuple(shape) for key, shape in PUBLISHED_KEYS[published].items()}
-    if published.startswith("understanding"):  # GradAlign registers its first layers a second time
+    if published.startswith((GRADALIGN, VFSAT)):  # GradAlign registers its first layers a second time
         duplicates = {key: expected.pop(key) for key in list(expected) if key.startswith("model_preact_hl1.")}
-        assert set(duplicates) == {"model_preact_hl1.1.weight"} | {
-            f"model_preact_hl1.2.{key}"
-            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        }
+        batch_norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        again = {"1.weight", *(f"2.{key}" for key in batch_norm)}
+        if "CNN" in published:
+            again = {"0.weight", "0.bias"}
+        assert set(duplicates) == {f"model_preact_hl1.{key}" for key in again}
+    expected = renamed(expected)
     with torch.device("meta"):
         network = create(*TWINS[published])
     assert {key: tuple(tensor.shape) for key, tensor in weights(network).items()} == expected
@@ -131,7 +166,11 @@ def test_published_weights_fit(published):
 def test_published_outputs(published):
     name, options = TWINS[published]
     network = create(name, options).double()
-    fill(network)
+    state = network.state_dict()
+    if name == "strategy":  # under the names that the published class has
+        names = renamed({key: key for key in PUBLISHED_KEYS[published]})
+        state = {names[key]: tensor for key, tensor in state.items()}
+    fill(state)
     inputs = [images(options.get("image_size", 32))]
     if name == "generator":
         inputs = [images(4), images(4).sub(0.5).sign()]
@@ -139,8 +178,26 @@ def test_published_outputs(published):
         network.train(mode == "train")
         with torch.no_grad():
             output = network(*inputs)
+        if name == "strategy":
+            output = torch.cat(list(output.values()), dim=1)
         expected = torch.tensor(PUBLISHED_OUTPUTS[published][mode], dtype=torch.float64)
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_resnet50_is_torchvisions():
+    options = {"num_classes": 7, "width_per_group": 8}
+    theirs = torchvision.models.ResNet(Bottleneck, [3, 4, 6, 3], **options).double()
+    torch.manual_seed(0)
+    ours = models.build("resnet50", classes=7, width=8).double()
+    torch.manual_seed(0)
+    fresh = torchvision.models.ResNet(Bottleneck, [3, 4, 6, 3], **options).double()
+    assert list(weights(ours)) == list(fresh.state_dict())
+    assert all(torch.equal(tensor, fresh.state_dict()[key]) for key, tensor in weights(ours).items())
+    fill(theirs.state_dict())
+    ours.load_state_dict(ours.state_dict() | theirs.state_dict())
+    for training in (False, True):
+        with torch.no_grad():
+            torch.testing.assert_close(ours.train(training)(images(48)), theirs.train(training)(images(48)))
 
 
 def test_dead_block_changes_nothing():
@@ -184,11 +241,19 @@ def test_nuat_block_rectifies_before_the_sum():
 @pytest.mark.parametrize("name", models.NAMES)
 def test_any_width_channels_and_size(name):
     network = tiny(name, channels=1, classes=7, image_size=8).eval()
-    for size in (8, 28):
+    for size in (8,) if name.startswith("cnn") else (8, 28):
         assert network(images(size, channels=1)).shape == (2, 7)
     with torch.device("meta"):
-        full, narrow = models.build(name), models.build(name, width=2)
-    assert models.parameter_count(narrow) < models.parameter_count(full) / 4
+        full, narrow = models.build(name), models.build(name, width=1)
+    assert models.parameter_count(narrow) < models.parameter_count(full) / 3
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_parameter_learns(name):
+    network = tiny(name, image_size=16)
+    F.cross_entropy(network(images(16, count=4)), torch.tensor([0, 1, 2, 0])).backward()
+    for key, parameter in network.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.any(), key
 
 
 def test_resnet8_has_eight_weighted_layers():
@@ -238,17 +303,19 @@ def test_forward_never_reads_the_device():
     assert not materialised.normalize.identity
 
 
-SAME_AT_THIS_WIDTH = {"preactresnet18", "wideresnet34-20", "wideresnet70-16"}  # but for a depth
+# But for a depth.
+SAME_AT_THIS_WIDTH = {"preactresnet18", "preactresnet34", "wideresnet34-20", "wideresnet70-16"}
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", sorted(set(models.NAMES) - SAME_AT_THIS_WIDTH))
 def test_double_backward(name, training):
     """Gradient alignment's kind of derivative: of <input gradient, v>, along u in inputs and weights."""
-    network = tiny(name).train(training)
+    size = 64 if name == "resnet50" else 16  # either way 2 x 2 positions in the last stage
+    network = tiny(name, image_size=size).train(training)
     parameters = {key: p.detach() for key, p in network.named_parameters() if p.requires_grad}
     # Off the initial zero biases, where a ReLU can sit on its kink; enough pixels to smooth batch statistics.
-    points = [images(16, count=4)] + [p + 0.01 * torch.randn_like(p) for p in parameters.values()]
+    points = [images(size, count=4)] + [p + 0.01 * torch.randn_like(p) for p in parameters.values()]
     v = torch.randn_like(points[0])
     directions = [torch.randn_like(point) for point in points]
 
@@ -274,6 +341,19 @@ def test_wide_resnet_starts_he_normal():
         expected = (2 / (conv.kernel_size[0] ** 2 * conv.out_channels)) ** 0.5
         assert conv.weight.std().item() == pytest.approx(expected, rel=0.12)
     assert not network.fc.bias.any()
+
+
+@pytest.mark.parametrize("name, layers", [("cnn1", 1), ("cnn4", 4)])
+def test_cnn(name, layers):
+    network = models.build(name, width=64, image_size=28)
+    learnt = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(learnt) == layers + 1
+    for layer in learnt:
+        n = 9 * 64 if isinstance(layer, torch.nn.Conv2d) else 64 * 28 * 28
+        assert layer.weight.std().item() == pytest.approx((2 / n) ** 0.5, rel=0.05)
+        assert not layer.bias.any()
+    with pytest.raises(RuntimeError):
+        network(torch.rand(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -345,3 +425,59 @@ def test_generator_refuses_unknown_choices():
         models.PerturbationGenerator(inputs="noise")
     with pytest.raises(ValueError, match="'table'.*code, paper"):
         models.PerturbationGenerator(layout="table")
+
+
+@pytest.mark.parametrize(
+    "options, size, inputs",
+    [
+        ({"width": 4}, 32, 32),
+        ({"width": 4, "image_size": 64}, 64, 128),
+        ({"width": 4, "channels": 1, "image_size": 8, "blocks": (1, 1, 1, 0)}, 8, 16),
+    ],
+)
+def test_strategy(options, size, inputs):
+    strategy = models.StrategyNetwork(STRATEGY, **options)
+    assert all(head.in_features == inputs for head in strategy.heads.values())
+    logits = strategy(images(size, options.get("channels", 3), count=4).float())
+    assert {name: tuple(values.shape) for name, values in logits.items()} == {
+        "epsilon": (4, 13),
+        "steps": (4, 12),
+        "alpha": (4, 5),
+    }
+    assert all(values.min() < 0 < values.max() for values in logits.values())  # no (log-)probabilities
+    sum(values.log_softmax(1)[:, 0].sum() for values in logits.values()).backward()
+    for name, parameter in strategy.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_strategy_is_a_resnet18_with_other_last_layers():
+    strategy, classifier = models.StrategyNetwork({"epsilon": 10}, width=4), models.build("resnet18", width=4)
+    state = {key.replace("heads.epsilon.", "linear."): value for key, value in strategy.state_dict().items()}
+    assert state.keys() == weights(classifier).keys()
+    classifier.load_state_dict(classifier.state_dict() | state)
+    assert torch.equal(strategy(images(32).float())["epsilon"], classifier(images(32).float()))
+
+
+def test_an_action_with_one_option_changes_nothing():
+    with_method, without = (models.StrategyNetwork(a, width=4) for a in ({"method": 1} | STRATEGY, STRATEGY))
+    without.load_state_dict({k: v for k, v in with_method.state_dict().items() if "method" not in k})
+    x = images(32).float()
+    for network in (with_method, without):
+        sum(values.log_softmax(1)[:, 0].sum() for values in network(x).values()).backward()
+    assert not with_method.heads["method"].weight.grad.any()
+    for name, parameter in without.named_parameters():
+        torch.testing.assert_close(parameter.grad, with_method.get_parameter(name).grad)
+
+
+def test_published_strategy_names():
+    theirs = {"conv1.weight": 0, "Attack_method.bias": 1, "Attack_iters.weight": 2, "Attack_step_size.bias": 3}
+    ours = {"conv1.weight": 0, "heads.method.bias": 1, "heads.steps.weight": 2, "heads.alpha.bias": 3}
+    assert renamed(theirs) == ours
+    heads = {"Attack_iters": "k", "Attack_step_size": "alpha"}
+    assert renamed(theirs, heads) == {"conv1.weight": 0, "heads.k.weight": 2, "heads.alpha.bias": 3}
+
+
+@pytest.mark.parametrize("actions", [{}, {"epsilon": 13, "steps": 0}])
+def test_strategy_refuses_actions_without_options(actions):
+    with pytest.raises(ValueError, match="actions with options"):
+        models.StrategyNetwork(actions)

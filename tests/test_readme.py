@@ -70,7 +70,8 @@ def test_tables_are_rendered_from_the_results() -> None:
     for page in ("README.md", "docs/methods.md"):
         text = (ROOT / page).read_text()
         for name in re.findall(r"<!-- ([a-z-]+) -->", text):
-            content = {"demo-digits": lambda: render.demo("digits"), "cpu-step": render.cpu, "fidelity": render.fidelity,
+            content = {"demo-digits": lambda: render.demo("digits"), "demo-digits-all": lambda: render.demo("digits", "digits-all"),
+                       "demo-cifar-all": lambda: render.demo("cifar-all"), "cpu-step": render.cpu, "fidelity": render.fidelity,
                        "demo-cifar": lambda: render.demo("cifar") + "\n\n" + render.gaps("cifar")}[name]()
             assert render.between(text, name, content) == text, f"{page}: {name} is not what results/ say; run make readme"
 

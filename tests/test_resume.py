@@ -254,7 +254,7 @@ def test_resume_must_needs_something_to_resume(tiny):
 
 
 CHANGED = {"lr": 0.1, "batch_size": 16, "epochs": 3, "seed": 1, "epsilon": 10, "train_size": 100, "weight_decay": 0, "ema": 0.5,
-           "label_factor": 0.9, "padding": "reflect", "select_on": "test", "monitor": "pgd10", "init": "zero", "alpha": 1}
+           "label_factor": 0.9, "padding": "reflect", "select_on": "test", "measure": "pgd10", "init": "zero", "alpha": 1}
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -309,7 +309,7 @@ def test_resume_never_forgets_the_old_run_at_once(tiny):
 # ---- weights depend on training alone --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
-    ("--monitor", "pgd10"), ("--monitor", "clean,fgsm,pgd10,pgd50,cw"), ("--select-on", "test"), ("--val-size", 300),
+    ("--measure", "pgd10"), ("--measure", "clean,fgsm,pgd10,pgd50,cw"), ("--select-on", "test"), ("--val-size", 300),
 ], ids=str)
 def test_weights_do_not_depend_on_the_evaluation(flags, tiny, differences):
     states = [torch.load(tiny.train("train_fgsm_sdi", "--k", 3, *more) / "state.pth", weights_only=True) for more in ((), flags)]

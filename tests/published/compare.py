@@ -30,6 +30,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -216,8 +217,8 @@ class Feed:
         return into.copy_(high * noise)
 
 
-def published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
-    """Runs the published training script in this process."""
+def published(method: str, experiment: Experiment, checkout: Path, pipe: Any, run: Callable[..., None] | None = None) -> None:
+    """Runs the published training script in this process; `run` is how."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
@@ -227,7 +228,7 @@ def published(method: str, experiment: Experiment, checkout: Path, pipe: Any) ->
             os.chdir(folder)
             sys.stdout = sys.stderr = nowhere
             try:
-                _published(method, experiment, checkout, pipe)
+                (run or _published)(method, experiment, checkout, pipe)
             finally:
                 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
                 os.chdir("/")
@@ -237,12 +238,8 @@ def published(method: str, experiment: Experiment, checkout: Path, pipe: Any) ->
         pipe.send({"error": traceback.format_exc()})
 
 
-def _published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
-    seen: dict[str, torch.nn.Module] = {}  # their networks, the first one of each kind
-    loss = 0.0
-    generator_found: dict[str, Any] = {}
-
-    # What surrounds it.
+def stand_ins() -> None:
+    """No GPU, float64 and no apex."""
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
     torch.Tensor.float = lambda self: self.to(torch.get_default_dtype())
     torch.cuda.FloatTensor = torch.empty
@@ -251,6 +248,22 @@ def _published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -
     amp.scale_loss = lambda loss, optimizer: contextlib.nullcontext(loss)
     sys.modules["apex"], sys.modules["apex.amp"] = types.ModuleType("apex"), amp
     sys.modules["apex"].amp = amp
+
+
+def executed(script: Path, checkout: Path) -> dict[str, str]:
+    """The digests of the published files that run in this process."""
+    files = [script, *(Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None))]
+    names = sorted({f.resolve().relative_to(checkout).as_posix() for f in files if f.resolve().is_relative_to(checkout)})
+    return {name: hashlib.sha256((checkout / name).read_bytes()).hexdigest() for name in names}
+
+
+def _published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
+    seen: dict[str, torch.nn.Module] = {}  # their networks, the first one of each kind
+    loss = 0.0
+    generator_found: dict[str, Any] = {}
+
+    # What surrounds it.
+    stand_ins()
     sys.modules["tensorboardX"] = types.ModuleType("tensorboardX")
     sys.modules["tensorboardX"].SummaryWriter = lambda *a, **k: None
     parse = argparse.ArgumentParser.parse_args
@@ -308,10 +321,8 @@ def _published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -
     script = checkout / Path(METHODS[method].script).name
 
     def begin() -> None:
-        files = [script, *(Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None))]
-        executed = sorted({f.resolve().relative_to(checkout).as_posix() for f in files if f.resolve().is_relative_to(checkout)})
         pipe.send({"initial": {kind: {key: value.numpy() for key, value in network.state_dict().items()} for kind, network in seen.items()},
-                   "files": {name: hashlib.sha256((checkout / name).read_bytes()).hexdigest() for name in executed}})
+                   "files": executed(script, checkout)})
     feed.begin = begin
 
     sys.argv = [script.name]
@@ -344,6 +355,7 @@ class Differences:
     def __init__(self) -> None:
         self.largest: dict[str, dict[str, dict[str, float]]] = {}
         self.losses: list[dict[str, float]] = []
+        self.notes: dict[str, Any] = {}  # what else the report says of the run, how often the cases occurred that it is to show above all
 
     def add(self, step: int, quantity: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
         theirs = {name: value for name, value in theirs.items() if not name.startswith("model_preact_hl1.")}  # GA's second names
@@ -353,7 +365,7 @@ class Differences:
         for name, value in theirs.items():
             difference = float(np.abs(ours[name].astype(np.float64) - value).max())
             size = float(np.abs(value).max())
-            for kind, measured in {"absolute": difference, "relative": difference / size if difference else 0.0}.items():
+            for kind, measured in {"absolute": difference, "relative": difference / size if size else float("inf") if difference else 0.0}.items():
                 if not measured <= entry[kind]["value"]:
                     entry[kind] = {"value": measured, "step": step, "of": name} if name else {"value": measured, "step": step}
 
@@ -455,13 +467,18 @@ def images(n: int, saturated: bool, folder: Path) -> None:
     np.savez(folder / "cifar10.npz", x_train=x[:n], y_train=labels[:n], x_test=x[n:], y_test=labels[n:])
 
 
-def compare(method: str, experiment: Experiment, checkout: Path, steps: int) -> tuple[dict[str, Any], dict[str, str]]:
+def compare(method: str, experiment: Experiment, checkout: Path, steps: int,
+            published: Callable[..., None] = published, ours: Callable[..., Any] = ours) -> tuple[dict[str, Any], dict[str, str]]:
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=published, args=(method, experiment, checkout, there), daemon=True)
     process.start()
     there.close()
     with tempfile.TemporaryDirectory() as folder:
-        differences, files = ours(method, experiment, Path(folder), steps, here)
+        try:
+            differences, files = ours(method, experiment, Path(folder), steps, here)
+        except (BrokenPipeError, ConnectionResetError):
+            receive(here)  # why the published side gave up
+            raise
     here.close()
     process.join()
     return {
@@ -469,18 +486,20 @@ def compare(method: str, experiment: Experiment, checkout: Path, steps: int) -> 
         "published_arguments": experiment.published, "our_flags": experiment.ours,
         "our_engine_in_plain_layout": experiment.plain, "saturated_pixels": experiment.saturated,
         "loss_of_the_first_step": differences.losses[0], "loss_of_the_last_step": differences.losses[-1],
-        "largest_differences": differences.largest,
+        "largest_differences": differences.largest, **differences.notes,
     }, files
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
+def main(doc: str = __doc__, methods: dict[str, Method] = METHODS, replaced: dict[str, list[str]] = REPLACED, **sides: Callable[..., Any]) -> None:
+    """The command line; another file gives its own methods, and the two `sides` that `compare` runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=methods)
     parser.add_argument("--checkout", type=Path, required=True, help="a copy of the authors' repository")
-    parser.add_argument("--steps", type=int, help="stop every run after so many updates of the classifier (default: 45 or 66)")
+    parser.add_argument("--steps", type=int, help="stop every run after so many updates of the classifier; nothing is written")
     parser.add_argument("--only", help="one of the method's runs; nothing is written")
+    parser.add_argument("--out-dir", type=Path, default=ROOT / "results" / "fidelity", help="where <method>.json goes")
     options = parser.parse_args()
-    method = METHODS[options.method]
+    method = methods[options.method]
     checkout = next((d for d in (options.checkout / Path(method.script).parent, options.checkout) if (d / Path(method.script).name).is_file()), None)
     if checkout is None:
         parser.error(f"--checkout {options.checkout}: there is no {method.script} in it")
@@ -493,26 +512,29 @@ def main() -> None:
     for name, experiment in method.experiments.items():
         if options.only in (None, name):
             print(f"{options.method}, {name}: {experiment.says}")
-            runs[name], files = compare(options.method, experiment, checkout.resolve(), min(options.steps or experiment.steps, experiment.steps))
+            steps = min(options.steps or experiment.steps, experiment.steps)
+            began = time.perf_counter()
+            runs[name], files = compare(options.method, experiment, checkout.resolve(), steps, **sides)
+            print(f"  {runs[name]['steps']} steps in {time.perf_counter() - began:.0f} s")
             for quantity, entry in runs[name]["largest_differences"].items():
                 absolute, relative = entry["absolute"]["value"], entry["relative"]["value"]
                 print(f"  {quantity:36s} absolute {absolute:.2e}  relative {relative:.2e}  step {entry['relative']['step']}")
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     if digest != method.digest:
         print(f"the published files are not those of commit {method.commit} (digest {digest})")
-    if options.only:
+    if options.only or options.steps:
         return
     provenance = record.provenance(torch.device("cpu"), "fp64")
-    path = ROOT / "results" / "fidelity" / f"{options.method}.json"
+    path = options.out_dir / f"{options.method}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
         "published": {"repository": method.url, "commit": method.commit if digest == method.digest else None,
                       "script": method.script, "files": files},
         "ours": {"script": f"{method.module}.py", "commit": provenance["commit"], "dirty": provenance["dirty"]},
         "torch": torch.__version__, "python": platform.python_version(), "precision": "float64", "threads": 1,
-        "replaced_in_the_published_script": REPLACED["all"] + REPLACED[options.method], "runs": runs,
+        "replaced_in_the_published_script": replaced["all"] + replaced.get(options.method, []), "runs": runs,
     }, path)
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

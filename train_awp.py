@@ -1,0 +1,99 @@
+"""AWP: the weights are perturbed against the batch as well as the images, and the descent step is taken from there.
+
+Wu, Xia & Wang, "Adversarial weight perturbation helps robust generalization", NeurIPS 2020, Algorithm 1; on PGD-AT
+(AT-AWP) or on TRADES (`--base trades`). docs/methods.md#awp.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import engine
+from attacks import input_gradient
+from utils import divergence, eval_mode, inside_image, project, soft_labels, untracked
+
+
+@dataclass
+class Config(engine.Config):
+    METHOD = "awp"
+
+    base: Literal["pgd", "trades"] = engine.flag("pgd", "what the weights are perturbed against: PGD-AT's loss or TRADES's")
+    alpha: float | None = engine.step_size(1 / 4)
+    steps: int = engine.flag(10, "steps of the attack")
+    beta: float = engine.flag(6.0, "weight of TRADES's divergence")
+    gamma: float | None = engine.flag(None, "size of the weights' perturbation relative to theirs, layer by layer (default: 0.01, and 0.005 on TRADES)")
+    warmup: int | None = engine.flag(None, "epochs without it (default: 0; on TRADES one less than a twentieth of the run: published from the 10th of 200 on)")
+    attack_bn: Literal["train", "eval"] | None = engine.flag(None, "BatchNorm's mode during the attack (default: train, and eval on TRADES, as published)")
+
+    def check(self) -> None:
+        super().check()
+        trades = self.base == "trades"
+        self.gamma = (0.005 if trades else 0.01) if self.gamma is None else self.gamma
+        self.warmup = (max(self.epochs // 20 - 1, 0) if trades else 0) if self.warmup is None else self.warmup
+        self.attack_bn = ("eval" if trades else "train") if self.attack_bn is None else self.attack_bn
+        if self.gamma < 0 or self.warmup < 0:
+            raise engine.Misuse(f"--gamma {self.gamma}, --warmup {self.warmup}: both must be at least 0")
+
+
+def perturb(model, x, y, eta, eps, alpha, steps, loss):
+    """Inner maximisation over the image: `steps` times delta <- P[delta + alpha sign(grad loss(f(x + delta), y))]."""
+    delta = eta
+    for _ in range(steps):
+        gradient = input_gradient(model, x + delta, y, loss)
+        delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
+    return delta
+
+
+@contextmanager
+def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) -> Iterator[None]:
+    """Inner maximisation over the weights: inside, every layer w is w + gamma ||w|| g / ||g||, with g its gradient.
+
+    Only weights of two and more dimensions move. The pass that gives g leaves BatchNorm's averages alone. The weights
+    are put back by subtraction, so that what an optimizer did inside stays. `averaged` is over the processes.
+    """
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name]
+    with untracked(model):
+        gradients = averaged(torch.autograd.grad(loss(), weights, allow_unused=True))
+    moves = [(w, gamma * w.detach().norm() / (g.norm() + 1e-20) * g) for w, g in zip(weights, gradients) if g is not None]
+    with torch.no_grad():
+        for w, move in moves:
+            w.add_(move)
+    yield
+    with torch.no_grad():
+        for w, move in moves:
+            w.sub_(move)
+
+
+def main(cfg: Config) -> None:
+    run = engine.Run(cfg)
+    model, eps, alpha = run.model, cfg.eps, cfg.alpha / 255
+
+    for x, y, _ in run.batches():
+        target = soft_labels(y, run.classes, cfg.label_factor)
+        with eval_mode(model, enabled=cfg.attack_bn == "eval"):
+            if cfg.base == "pgd":
+                delta = perturb(model, x, target, inside_image(eps * run.uniform(x), x), eps, alpha, cfg.steps, F.cross_entropy)
+            else:
+                delta = perturb(model, x, model(x).detach(), 0.001 * run.normal(x), eps, alpha, cfg.steps,
+                                lambda *logits: divergence(*logits).mean())
+
+        def loss(logits):
+            if cfg.base == "pgd":
+                return F.cross_entropy(logits, target)
+            robust = divergence(logits, model(x)).mean()  # the image twice, as published
+            return F.cross_entropy(model(x), target) + cfg.beta * robust
+
+        if run.epoch < cfg.warmup:
+            logits = model(x + delta)
+            run.update(loss(logits), logits=logits)
+            continue
+        with perturbed_weights(model, lambda: loss(model(x + delta)), cfg.gamma, run.averaged):
+            logits = model(x + delta)
+            run.update(loss(logits), logits=logits)
+
+
+if __name__ == "__main__":
+    engine.launch(main, Config, __doc__)

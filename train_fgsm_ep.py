@@ -1,0 +1,78 @@
+"""FGSM-EP: the step starts where the same image's step ended an epoch ago.
+
+Jia et al., "Prior-guided adversarial initialization for fast adversarial training", ECCV 2022.
+docs/methods.md#fgsm-ep.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import engine
+from utils import inside_image, project, soft_labels
+
+
+@dataclass
+class Config(engine.Config):
+    METHOD = "fgsm-ep"
+
+    label_factor: float = 0.6  # the published code's; the paper does not mention it
+    alpha: float | None = engine.step_size(1)
+    pgi_lambda: float = engine.flag(10.0, "weight of the regulariser")
+    reduction: Literal["mean", "sum"] = engine.flag("mean", "of the regulariser over the classes: mean, the published code's, or the paper's sum, "
+                                                    "which is classes times as large")
+    init: Literal["corner", "uniform", "zero"] = engine.flag("corner", "where the first perturbations start: a random corner of the ball, "
+                                                             "as in the published code, uniform noise, as in the paper, or zero")
+    reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)")
+    align: bool = engine.flag(False, "move what is remembered along with the random crop and flip; the published code does not")
+
+    def check(self) -> None:
+        super().check()
+        if self.reset is None:
+            self.reset = 10 if self.dataset in ("cifar100", "tiny-imagenet", "imagenet") else 40
+        if self.reset < 0:
+            raise engine.Misuse(f"--reset {self.reset}: must be at least 0")
+
+
+def start(noise, init, eps):
+    """Where an image without a past starts; `noise` is U(-1, 1)."""
+    return eps * {"corner": noise.sign(), "uniform": noise, "zero": 0 * noise}[init]
+
+
+def perturb(model, x, target, eta, eps, alpha):
+    """Inner maximisation from the prior eta: delta, and the logits at x + eta, of which the regulariser needs the graph.
+
+    x + eta may leave [0, 1], as published: eta was clipped for another crop of the image.
+    """
+    noisy = (x + eta).requires_grad_()
+    logits = model(noisy)
+    gradient, = torch.autograd.grad(F.cross_entropy(logits, target), noisy, retain_graph=True)
+    return inside_image(project(eta + alpha * gradient.sign(), eps), x), logits
+
+
+def regularised_loss(logits, prior_logits, target, weight, reduction):
+    """Cross-entropy at x + delta plus the squared distance to the logits at x + eta; both sides are differentiated."""
+    distance = F.mse_loss(logits, prior_logits)  # over batch and classes
+    return F.cross_entropy(logits, target) + weight * distance * (1 if reduction == "mean" else logits.shape[1])
+
+
+def main(cfg: Config) -> None:
+    run = engine.Run(cfg)
+    eps, alpha = cfg.eps, cfg.alpha / 255
+    previous = run.memory("previous", aligned=cfg.align)
+
+    for x, y, index in run.batches():  # BatchNorm is in training mode in both passes, as published
+        target = soft_labels(y, run.classes, cfg.label_factor)
+        anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
+        if anew and run.batch == 0:
+            previous.forget()  # what no crop of this epoch will show
+        eta = start(run.uniform(x), cfg.init, eps) if anew else project(previous[index], eps)  # a half-precision memory rounds
+        delta, prior_logits = perturb(run.model, x, target, eta, eps, alpha)
+        logits = run.model(x + delta)
+        run.update(regularised_loss(logits, prior_logits, target, cfg.pgi_lambda, cfg.reduction), logits=logits)
+        previous[index] = delta
+
+
+if __name__ == "__main__":
+    engine.launch(main, Config, __doc__)

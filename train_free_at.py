@@ -1,0 +1,50 @@
+"""Free-AT: every batch m times, and each backward pass moves both the weights and the perturbation.
+
+Shafahi et al., "Adversarial training for free!", NeurIPS 2019, Algorithm 1. The perturbation belongs to a position in the
+batch, not to an image, and is carried from batch to batch. docs/methods.md#free-at.
+"""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+import engine
+from utils import inside_image, project, soft_labels
+
+
+@dataclass
+class Config(engine.Config):
+    METHOD = "free-at"
+
+    replays: int = engine.flag(8, "how often each batch is used in a row, the paper's m (ImageNet: 4)")
+    divide_epochs: bool = engine.flag(False, "train for epochs / m, rounded up, as Free-AT's authors do; the papers' tables do not divide")
+
+    def check(self) -> None:
+        super().check()
+        if self.replays < 1:
+            raise engine.Misuse(f"--replays {self.replays}: must be at least 1")
+        if self.divide_epochs:
+            self.epochs, self.divide_epochs = -(-self.epochs // self.replays), False
+
+
+def perturb(delta, gradient, x, eps):
+    """Inner maximisation: one step of eps with the gradient of the pass that also trains the weights."""
+    return inside_image(project(delta + eps * gradient.sign(), eps), x)
+
+
+def main(cfg: Config) -> None:
+    run = engine.Run(cfg, updates_per_batch=cfg.replays)
+    carried = run.memory("carried", per_image=False)
+
+    for x, y, _ in run.batches():  # BatchNorm is in training mode; x + delta of the first replay may leave [0, 1], as published
+        target = soft_labels(y, run.classes, cfg.label_factor)
+        delta = carried[run.positions]
+        for _ in range(cfg.replays):
+            noisy = (x + delta).requires_grad_()
+            logits = run.model(noisy)
+            run.update(F.cross_entropy(logits, target), logits=logits, leaf=noisy)
+            delta = perturb(delta, noisy.grad, x, cfg.eps)
+        carried[run.positions] = delta
+
+
+if __name__ == "__main__":
+    engine.launch(main, Config, __doc__)

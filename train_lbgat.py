@@ -1,0 +1,57 @@
+"""LBGAT: the robust network follows the logits of a clean network that is trained beside it.
+
+Cui et al., "Learnable boundary guided adversarial training", ICCV 2021, Eq. 7; `--beta 6` adds TRADES's divergence.
+docs/methods.md#lbgat.
+"""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+import engine
+from attacks import input_gradient
+from utils import divergence, eval_mode, inside_image, project, soft_labels
+
+
+@dataclass
+class Config(engine.Config):
+    METHOD = "lbgat"
+
+    alpha: float | None = engine.step_size(1 / 4)
+    steps: int = engine.flag(10, "steps of the attack")
+    beta: float = engine.flag(0.0, "weight of TRADES's divergence: the papers' rows are 0 and 6")
+    teacher: str | None = engine.flag(None, "the clean network, a name from models (default: resnet18, and --arch itself for digits)")
+
+    def check(self) -> None:
+        super().check()
+        if self.teacher is None:
+            self.teacher = self.arch if self.dataset == "digits" else "resnet18"
+
+
+def perturb(model, x, eta, eps, alpha, steps):
+    """Inner maximisation, TRADES's: climbs KL(p(x) || p(x + delta)) of the robust network."""
+    delta, clean_logits = eta, model(x).detach()
+    for _ in range(steps):
+        gradient = input_gradient(model, x + delta, clean_logits, loss=lambda *logits: divergence(*logits).mean())
+        delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
+    return inside_image(delta, x)
+
+
+def main(cfg: Config) -> None:
+    run = engine.Run(cfg)
+    eps, alpha = cfg.eps, cfg.alpha / 255
+    teacher = run.classifier(cfg.teacher)
+    run.optimizer.add_param_group({"params": list(teacher.parameters())})  # one optimizer for both, as published
+    run.keep(teacher=teacher)
+
+    for x, y, _ in run.batches():
+        target = soft_labels(y, run.classes, cfg.label_factor)
+        with eval_mode(run.model):
+            delta = perturb(run.model, x, 0.001 * run.normal(x), eps, alpha, cfg.steps)
+        logits, clean_logits = run.model(x + delta), run.model(x)
+        guide = teacher(x)  # learns from both terms
+        loss = F.mse_loss(logits, guide) + F.cross_entropy(guide, target) + cfg.beta * divergence(logits, clean_logits).mean()
+        run.update(loss, logits=logits)
+
+
+if __name__ == "__main__":
+    engine.launch(main, Config, __doc__)

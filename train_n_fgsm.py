@@ -1,0 +1,47 @@
+"""N-FGSM: one gradient-sign step from a point of strong noise, and no clip to the ball.
+
+de Jorge et al., "Make some noise: Reliable and efficient single-step adversarial training", NeurIPS 2022. The
+perturbation may be as large as (k + 1) eps. docs/methods.md#n-fgsm.
+"""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+import engine
+from attacks import input_gradient
+from utils import inside_image, soft_labels
+
+
+@dataclass
+class Config(engine.Config):
+    METHOD = "n-fgsm"
+
+    alpha: float | None = engine.step_size(1)
+    k: float = engine.flag(2.0, "the noise is uniform in k balls (CIFAR-10; 3 for SVHN at 12, 4 for WideResNet-28-10 at 16, 1 for ImageNet)")
+
+    def check(self) -> None:
+        super().check()
+        if self.k < 0:
+            raise engine.Misuse(f"--k {self.k}: must be at least 0")
+
+
+def perturb(model, x, target, eta, alpha):
+    """Inner maximisation: delta = eta + alpha sign(grad L(f(x + eta), y)), in the image but not in the ball."""
+    eta = inside_image(eta, x)
+    gradient = input_gradient(model, x + eta, target)
+    return inside_image(eta + alpha * gradient.sign(), x)
+
+
+def main(cfg: Config) -> None:
+    run = engine.Run(cfg)
+    eps, alpha = cfg.eps, cfg.alpha / 255
+
+    for x, y, _ in run.batches():
+        target = soft_labels(y, run.classes, cfg.label_factor)
+        delta = perturb(run.model, x, target, cfg.k * eps * run.uniform(x), alpha)  # BatchNorm in training mode, as published
+        logits = run.model(x + delta)
+        run.update(F.cross_entropy(logits, target), logits=logits)
+
+
+if __name__ == "__main__":
+    engine.launch(main, Config, __doc__)
