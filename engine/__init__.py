@@ -11,8 +11,5 @@ __all__ = ["Config", "Failure", "Misuse", "Run", "flag", "launch", "numbers", "s
 
 def launch(main: Callable[[Config], None], config: type[Config], doc: str | None) -> None:
     """Runs a training script: parses the command line, and turns every error a user can meet into one sentence."""
-    with one_sentence():
-        try:
-            main(config.parse(doc))
-        finally:
-            distributed.finish()
+    with distributed.leaving(), one_sentence():
+        main(config.parse(doc))

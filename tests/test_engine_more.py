@@ -438,8 +438,8 @@ for method, train_size, more in (("fgsm_ep", 21, {}), ("fgsm_bp", 17, {}), ("fre
     distributed.wait()
     found[f"{method} {train_size}"] = torch.load(out_dir / "state.pth", weights_only=True)["kept"]
 
-torch.save(found, directory / f"found-{world}-{rank}.pth")
-distributed.finish()
+with distributed.leaving():
+    torch.save(found, directory / f"found-{world}-{rank}.pth")
 '''
 
 
