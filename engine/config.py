@@ -98,6 +98,7 @@ class Config:
     val_size: int | None = by_dataset("training images held out, from the end")
     select_on: Literal["val", "test"] = flag("val", "what picks best.pth; the published tables pick on the test set (with --val-size 0)")
     measure: str = flag("clean,fgsm,pgd10", "accuracies measured on those images after every epoch; pgd10 picks best.pth")
+    measure_train: int = flag(0, "measure so many training images too, without augmentation")
     seed: int = flag(0, "of weights, order, augmentation and noise")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it; evaluation is always fp32")
@@ -107,6 +108,7 @@ class Config:
     resume: Literal["auto", "never", "must"] = flag("auto", "continue a run found in --out-dir")
     save_every: float = flag(5.0, "minutes between saves inside an epoch; every epoch's end is saved too")
     time_limit: float | None = flag(None, "minutes after which the run saves itself and exits")
+    snapshots: str | None = flag(None, "epochs, as 1,5,10, after which state.pth is also kept as state-<epoch>.pth")
     tensorboard: bool = flag(False, "also write TensorBoard event files (needs the tensorboard package)")
 
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
@@ -147,7 +149,7 @@ class Config:
     def check(self) -> None:
         """Raises Misuse for the first value that is not allowed. A script with bounds of its own extends it."""
         at_least = {"epochs": 1, "batch_size": 1, "width": 1, "train_size": 1, "val_size": 0, "weight_decay": 0,
-                    "lr": 0, "epsilon": 0, "alpha": 0, "seed": 0, "save_every": 0, "time_limit": 0, "image_size": 8, "workers": 0,
+                    "lr": 0, "epsilon": 0, "alpha": 0, "seed": 0, "save_every": 0, "time_limit": 0, "image_size": 8, "workers": 0, "measure_train": 0,
                     "steps": 1, "beta": 0, "gamma": 0}
         for name, low in at_least.items():
             value = getattr(self, name, None)
@@ -158,8 +160,9 @@ class Config:
                 raise Misuse(f"{spelled(name)} {getattr(self, name)}: must lie in [{low}, {high}]")
         if self.lr_schedule not in SCHEDULES:
             raise Misuse(f"--lr-schedule {self.lr_schedule}: allowed are {', '.join(SCHEDULES)}")
-        if self.milestones:
-            numbers("--milestones", self.milestones)
+        for name in ("milestones", "snapshots"):
+            if getattr(self, name):
+                numbers(spelled(name), getattr(self, name))
         if self.image_size is not None and "image_size" not in RECIPES[self.dataset]:
             raise Misuse(f"--image-size {self.image_size}: images of {self.dataset} have a size of their own; leave it out")
         if self.decode == "gpu" and self.augment == "none":

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 import models
 from engine import checkpoint, data, distributed, evaluate, record
-from engine.config import Config
+from engine.config import Config, numbers
 from engine.errors import Failure, Misuse
 from engine.memory import Memory
 
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers"}
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots"}
 """The flags that a resumed run may be given anew."""
 
 
@@ -334,7 +334,8 @@ class Run:
         """Writes result.json."""
         def at(epoch: int, kind: str) -> dict[str, Any]:
             row, suffix = self._history[epoch - 1], "_ema" if kind == "ema" else ""
-            measured = {column: record.percent_of(row[f"{self.cfg.select_on}_{column}{suffix}"], self._held_out_n) for column in self._columns}
+            n = self._measured[self.cfg.select_on][2]
+            measured = {column: record.percent_of(row[f"{self.cfg.select_on}_{column}{suffix}"], n) for column in self._columns}
             return {"epoch": epoch, "weights": kind, "split": self.cfg.select_on, **measured}
 
         last = "ema" if self.average is not None else "raw"
@@ -368,9 +369,11 @@ class Run:
         x, y, x_val, y_val = self.dataset.split(cfg.train_size, cfg.val_size)
         if cfg.select_on == "test":
             x_val, y_val = self.dataset.x_test, self.dataset.y_test
-        part = distributed.shard(len(x_val))
-        self._held_out = torch.from_numpy(self.dataset.pixels(x_val[part])), torch.from_numpy(y_val[part])
-        self._held_out_n = len(x_val)
+        self._measured: dict[str, tuple[Tensor, Tensor, int]] = {}  # this process's images and labels, and how many all have
+        for split, images, labels in ((cfg.select_on, x_val, y_val), ("train", x[:cfg.measure_train], y[:cfg.measure_train])):
+            if len(images):
+                part = distributed.shard(len(images))
+                self._measured[split] = torch.from_numpy(self.dataset.pixels(images[part])), torch.from_numpy(labels[part]), len(images)
         self._columns = evaluate.columns_named(cfg.measure)
         self._evaluation_batch = max(cfg.batch_size, 128)
         self._criterion = f"{cfg.select_on}_pgd10"
@@ -449,13 +452,16 @@ class Run:
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
         began = time.perf_counter()
-        found = evaluate.verdicts(
-            network, *self._held_out, columns=self._columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
-            seed=self.cfg.seed + distributed.rank(), batch_size=self._evaluation_batch)
-        counts = torch.tensor([float(found[column].sum()) for column in self._columns], dtype=torch.float64, device=self.device)
-        distributed.sum_([counts])
+        accuracies = {}
+        for split, (x, y, n) in self._measured.items():
+            found = evaluate.verdicts(
+                network, x, y, columns=self._columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
+                seed=self.cfg.seed + distributed.rank(), batch_size=self._evaluation_batch)
+            counts = torch.tensor([float(found[column].sum()) for column in self._columns], dtype=torch.float64, device=self.device)
+            distributed.sum_([counts])
+            accuracies |= {f"{split}_{column}": 100 * count / n for column, count in zip(self._columns, counts.tolist())}
         self._seconds["evaluation"] += self._clock() - began
-        return {f"{self.cfg.select_on}_{column}": 100 * count / self._held_out_n for column, count in zip(self._columns, counts.tolist())}
+        return accuracies
 
     def _report(self, row: dict[str, Any], better: bool) -> None:
         if distributed.rank() > 0:
@@ -486,13 +492,16 @@ class Run:
         began = time.perf_counter()
         if distributed.rank() == 0:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-            checkpoint.save({
+            state = {
                 "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
                 "kept": {name: checkpoint.state_of(kept) for name, kept in self._kept.items()},
                 "sums": self._sums, "history": self._history, "best": self._best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
                 "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
-            }, self.out_dir / "state.pth")
+            }
+            if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("--snapshots", self.cfg.snapshots):
+                checkpoint.save(state, self.out_dir / f"state-{self.epoch}.pth")  # first: a run killed in between does this epoch again
+            checkpoint.save(state, self.out_dir / "state.pth")
         distributed.wait()
         self._last_save = time.perf_counter()
         self._seconds["saving"] += self._last_save - began

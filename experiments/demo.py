@@ -1,27 +1,20 @@
 """Trains and evaluates methods side by side, and shows what came out: `make demo`, `demo-all`, `demo-cifar`, `demo-cifar-all`.
 
-Single-threaded processes, as many at a time as there are cores. A step that is already done is not done again, and
-one failure does not stop the rest. Every run's numbers go to results/<demo>/<run>.json; the table and the figure are
-made from those files alone.
+Single-threaded processes on the CPU, as many at a time as there are cores. Every run's numbers go to
+results/<demo>/<run>.json; the table and the figure are made from those files alone.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import record
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
 from experiments import show
-
-ROOT = Path(__file__).resolve().parent.parent
+from experiments.runner import Job, do_all
 
 
 @dataclass(frozen=True)
@@ -71,60 +64,16 @@ DEMOS = {
 }
 
 
-class Step:
-    """One command of a run, done once the file that it makes is there."""
-
-    def __init__(self, label: str, seed: int, what: str, command: list[str], product: Path) -> None:
-        self.label, self.seed, self.what, self.command, self.product = label, seed, what, command, product
-
-    def run(self) -> str | None:
-        """Returns what went wrong, or None."""
-        if self.product.is_file():
-            return None
-        began = time.perf_counter()
-        self.product.parent.mkdir(parents=True, exist_ok=True)
-        output = self.product.parent / "output.log"
-        with open(output, "a") as log:
-            status = subprocess.run([sys.executable, ROOT / self.command[0], *self.command[1:]], stdout=log, stderr=subprocess.STDOUT,
-                                    env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-        if status or not self.product.is_file():
-            return f"{self.label}, seed {self.seed}: {' '.join(self.command)} ended with status {status}; see {output}"
-        print(f"  {self.label}, seed {self.seed}: {self.what} done in {time.perf_counter() - began:.0f} s", flush=True)
-        return None
-
-
 def run_name(label: str, seed: int) -> str:
     return f"{label.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
-def steps(demo: Demo, label: str, seed: int, output: Path, data_dir: Path) -> tuple[Step, dict[str, Step]]:
+def job(demo: Demo, label: str, seed: int, output: Path, results: Path) -> Job:
     """A run's training, and the evaluation of each of its checkpoints."""
     script, *flags = demo.methods[label]
-    folder = output / run_name(label, seed)
-    shared = ["--data-dir", str(data_dir), "--device", "cpu", "--out-dir"]
-    train = [script, *demo.common, *flags, "--seed", str(seed), *shared, str(folder)]
-    evaluations = {
-        name: Step(label, seed, f"evaluation of {name}.pth", ["test_FGSM_SDI.py", "--model-path", str(folder / f"{name}.pth"),
-                   *demo.evaluation, *shared, str(folder / name)], folder / name / "evaluation.json")
-        for name in demo.checkpoints}
-    return Step(label, seed, "training", train, folder / "result.json"), evaluations
-
-
-def do(label: str, seed: int, train: Step, evaluations: dict[str, Step], results: Path) -> str | None:
-    """A run's training, its evaluations, and its JSON; what went wrong, or None."""
-    for step in (train, *evaluations.values()):
-        if said := step.run():
-            return said
-    collect(label, train, evaluations, results / f"{run_name(label, seed)}.json")
-    return None
-
-
-def collect(label: str, train: Step, evaluations: dict[str, Step], path: Path) -> None:
-    """One small JSON of everything that a run measured."""
-    log = train.product.with_name("log.jsonl").read_text().splitlines()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record.write_json({"label": label, "run": json.loads(train.product.read_text()), "log": [json.loads(line) for line in log],
-                       "evaluations": {name: json.loads(step.product.read_text()) for name, step in evaluations.items()}}, path)
+    name = run_name(label, seed)
+    return Job(label, seed, (script, *demo.common, *flags, "--seed", str(seed)), demo.evaluation, demo.checkpoints,
+               output / name, results / f"{name}.json")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,10 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [label for label in labels if label not in demo.methods]:
         raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(demo.methods)}")
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else demo.seeds
-    jobs = {(label, seed): steps(demo, label, seed, output, Path(args.data_dir)) for seed in seeds for label in labels}
+    jobs = [job(demo, label, seed, output, results) for seed in seeds for label in labels]
     print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        failures = [said for said in pool.map(lambda job: do(*job, *jobs[job], results), jobs) if said]
+    failures = do_all(jobs, Path(args.data_dir), ["cpu"] * args.jobs)
     minutes = (time.perf_counter() - began) / 60
     runs = show.read(results)
     if runs:

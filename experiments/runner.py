@@ -1,0 +1,133 @@
+"""Trains and evaluates, several runs side by side; what is done is not done again, and one failure does not stop the rest.
+
+A run is finished once its JSON is there: everything that its training and its evaluations measured, in one file.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from engine import record
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        label: what it is called where it is shown.
+        train: script and flags, without --data-dir, --device and --out-dir.
+        evaluation: flags of test_FGSM_SDI.py, without those and --model-path.
+        checkpoints: of best and last, those that are evaluated.
+        folder: where the run's own files go.
+        result: its JSON.
+        suffix: of the evaluations' folders, for several evaluations of one training.
+    """
+
+    label: str
+    seed: int
+    train: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    folder: Path
+    result: Path
+    suffix: str = ""
+
+    def do(self, data_dir: Path, device: str, deadline: float = math.inf) -> str | None:
+        """Does what is missing until the clock (time.monotonic) shows `deadline`; returns why it is not finished, or None."""
+        if self.result.is_file():
+            return None
+        shared = ("--data-dir", str(data_dir), "--device", device, "--out-dir")
+        left = () if deadline == math.inf else ("--time-limit", f"{max(deadline - time.monotonic(), 0) / 60:.2f}")
+        said = self._step("training", (*self.train, *shared, str(self.folder), *left), self.folder / "result.json", deadline + 60)
+        for name in self._distinct() if said is None else ():
+            command = ("test_FGSM_SDI.py", "--model-path", str(self.folder / f"{name}.pth"), *self.evaluation, *shared, str(self._evaluated(name)))
+            said = said or self._step(f"evaluation of {name}.pth", command, self._evaluated(name) / "evaluation.json", deadline)
+        if said is None:
+            self._collect()
+        return said
+
+    def _evaluated(self, checkpoint: str) -> Path:
+        return self.folder / f"{checkpoint}{self.suffix}"
+
+    def _distinct(self) -> tuple[str, ...]:
+        """The checkpoints, without the last one where it is the best one too."""
+        best, last = (json.loads((self.folder / "result.json").read_text())["checkpoints"][name] for name in ("best", "last"))
+        same = len(self.checkpoints) == 2 and (best["epoch"], best["weights"]) == (last["epoch"], last["weights"])
+        return ("best",) if same else self.checkpoints
+
+    def _step(self, what: str, command: tuple[str, ...], product: Path, deadline: float) -> str | None:
+        """Runs a command whose work is done once `product` is there."""
+        if product.is_file():
+            return None
+        name, began = f"{self.label}, seed {self.seed}", time.monotonic()
+        if began > deadline - 1:
+            return f"{name}: no time left for the {what}"
+        output = self.folder / "output.log"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        product.parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "a") as log:
+            process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=log, stderr=subprocess.STDOUT,
+                                       env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+            try:
+                process.wait(None if deadline == math.inf else deadline - began)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+        if product.is_file():
+            print(f"  {name}: {what} done in {time.monotonic() - began:.0f} s", flush=True)
+            return None
+        if process.returncode in (0, -15):
+            return f"{name}: the {what} is not finished, the same command goes on with it"
+        return f"{name}: {' '.join(command)} ended with status {process.returncode}; see {output}"
+
+    def _collect(self) -> None:
+        """One small JSON of everything that was measured."""
+        def read(path: Path) -> Any:
+            return json.loads(path.read_text())
+
+        found = {name: read(self._evaluated(name) / "evaluation.json") for name in self._distinct()}
+        log = (self.folder / "log.jsonl").read_text().splitlines()
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        record.write_json({"label": self.label, "run": read(self.folder / "result.json"), "log": [json.loads(line) for line in log],
+                           "evaluations": {name: found.get(name, found.get("best")) for name in self.checkpoints}}, self.result)
+
+
+def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes: float | None = None) -> list[str]:
+    """Does the jobs, as many at a time as there are `devices`, for at most so many minutes; returns what is not finished, and why.
+
+    A device may stand there several times, for as many processes.
+    """
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def do(job: Job) -> str | None:
+        device = free.get()
+        try:
+            return job.do(data_dir, device, deadline)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return [said for said in pool.map(do, jobs) if said]
+
+
+def all_devices() -> list[str]:
+    """Every GPU, or the CPU once per core."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * len(os.sched_getaffinity(0))

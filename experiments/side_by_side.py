@@ -1,0 +1,158 @@
+"""What was measured of a published table beside what was published, from the JSON files of results/tables and from nothing else."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import tables
+from experiments.show import HEADINGS
+from experiments.tables import Row, Scale, Table
+
+SEEDS = range(100)  # as many as a table is ever looked up for
+
+
+@dataclass
+class Cell:
+    """One accuracy in percent: ours over seeds, and the published one."""
+
+    values: list[float] = field(default_factory=list)
+    published: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.mean(self.values) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass
+class Line:
+    """A row of the table at one checkpoint. `runs`: the JSON of its seeds."""
+
+    row: Row
+    checkpoint: str
+    cells: dict[str, Cell]
+    runs: list[dict[str, Any]]
+    minutes: Cell
+    unreliable: list[str]
+
+
+def measured(table: Table, row: Row, scale: Scale, results: Path) -> list[dict[str, Any]]:
+    """The JSON of a row's seeds; those that come from a tree that differs from its commit do not count."""
+    if not row.command:
+        return []
+    found = []
+    for seed in SEEDS:
+        path = table.job(row, seed, scale, Path(), results).result
+        if path.is_file():
+            run = json.loads(path.read_text())
+            if not any(part["dirty"] for part in (run["run"], *run["evaluations"].values())):
+                found.append(run)
+    return found
+
+
+def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
+    """All rows, measured or not.
+
+    Numbers on different numbers of images are never put together: only the seeds with the most images count.
+    """
+    found = []
+    for row in table.rows:
+        runs = measured(table, row, scale, results)
+        n = max((run["evaluations"]["best"]["n"] for run in runs), default=0)
+        runs = [run for run in runs if run["evaluations"]["best"]["n"] == n]
+        for checkpoint in table.checkpoints:
+            published = table.published(row, checkpoint)
+            evaluations = [run["evaluations"][checkpoint] for run in runs]
+            cells = {column: Cell([e["metrics"][column]["value"] for e in evaluations if column in e["metrics"]], published.get(column)) for column in table.columns}
+            minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in runs], published.get("minutes"))
+            doubts = sorted({said for e in evaluations for said in e["warnings"] if not said.startswith("measured on the first")})
+            found.append(Line(row, checkpoint, cells, runs, minutes, doubts))
+    return found
+
+
+def cell(found: Cell, comparable: bool, tolerance: float) -> str:
+    """Ours, and in brackets the published one and the deviation; "!" after a deviation beyond the tolerance."""
+    ours = "" if found.mean is None else f"{found.mean:.2f}" + (f" ±{found.spread:.2f}" if found.spread is not None else "")
+    if found.published is None:
+        return ours or "-"
+    if found.mean is None or not comparable:
+        return f"{ours or '-'} ({found.published:.2f})"
+    deviation = found.mean - found.published
+    return f"{ours} ({found.published:.2f}, {deviation:+.2f}{'!' if abs(deviation) > tolerance else ''})"
+
+
+def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: float) -> str:
+    """The table as text, Markdown or CSV."""
+    found = lines(table, scale, results)
+    if form == "csv":
+        return _csv(table, scale, found)
+    comparable = not scale.shrunk
+    heading = ["Method", "Checkpoint", *(HEADINGS[column] for column in table.columns), "Minutes"]
+    body = [[line.row.name + ("" if line.row.command else " (not offered)") + (" ?" if line.unreliable else ""), line.checkpoint,
+             *(cell(line.cells[column], comparable, tolerance) for column in table.columns), _minutes(line.minutes)] for line in found]
+    title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
+    notes = [_legend(comparable, tolerance), *_provenance(found), *table.notes, *sorted({f"? {line.row.name}: {said}" for line in found for said in line.unreliable})]
+    if form == "markdown":
+        rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *body]
+        return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in rows), "", *(f"- {note}" for note in notes)])
+    widths = [max(len(row[i]) for row in (heading, *body)) for i in range(len(heading))]
+    rows = ["  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))) for row in (heading, *body)]
+    return "\n".join([title, "", *rows, "", *notes])
+
+
+def _minutes(found: Cell) -> str:
+    ours = "-" if found.mean is None else f"{found.mean:.1f}"
+    return ours if found.published is None else f"{ours} ({found.published:g})"
+
+
+def _legend(comparable: bool, tolerance: float) -> str:
+    if comparable:
+        return f"Accuracy in percent: ours, mean and standard deviation over seeds (published, deviation; ! beyond {tolerance:g} points). -: not measured."
+    return "Accuracy in percent: ours (published). At this scale the two are not of the same thing, and no deviation is given. -: not measured."
+
+
+def _provenance(found: list[Line]) -> list[str]:
+    runs = [run for line in found for run in line.runs]
+    if not runs:
+        return ["Nothing of this table has been measured yet."]
+
+    def each(values: Any) -> str:
+        return ", ".join(sorted({str(value) for value in values}))
+
+    seeds = sorted({len(line.runs) for line in found if line.runs})
+    return [f"Measured on n = {each(run['evaluations']['best']['n'] for run in runs)} test images; {' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}; "
+            f"{each(run['run']['device'] for run in runs)}; {each(run['run']['precision'] for run in runs)}; torch {each(run['run']['versions']['torch'] for run in runs)}; "
+            f"commit {each(run['run']['commit'][:10] for run in runs)}."]
+
+
+def _csv(table: Table, scale: Scale, found: list[Line]) -> str:
+    """One line per row, checkpoint and column."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["paper", "table", "dataset", "scale", "row", "checkpoint", "column", "ours", "sd", "seeds", "n", "published", "deviation", "minutes", "device", "commit"])
+    for line in found:
+        first = line.runs[0] if line.runs else None
+        for column, each in line.cells.items():
+            deviation = None if None in (each.mean, each.published) or scale.shrunk else round(each.mean - each.published, 4)
+            writer.writerow([table.paper, table.number, table.dataset, scale.name, line.row.name, line.checkpoint, column, each.mean, each.spread, len(each.values) or None,
+                             first and first["evaluations"]["best"]["n"], each.published, deviation, line.minutes.mean, first and first["run"]["device"], first and first["run"]["commit"]])
+    return text.getvalue().rstrip("\n")
+
+
+def overview(results: Path) -> list[str]:
+    """A line per table and data set: its rows, and how many of them are measured at each scale."""
+    said = [f"{'table':<10} {'data set':<14} {'rows':>4} " + " ".join(f"{name:>6}" for name in tables.SCALES) + "  what"]
+    for name, several in tables.TABLES.items():
+        for table in several:
+            counts = [sum(bool(measured(table, row, scale, results)) for row in table.rows) for scale in tables.SCALES.values()]
+            said.append(f"{name:<10} {table.dataset:<14} {len(table.rows):>4} " + " ".join(f"{count:>6}" for count in counts) + f"  {table.paper}, Table {table.number}: {table.title}")
+    return said

@@ -1,0 +1,235 @@
+"""The papers' tables as data: rows, the exact command of each, and the published numbers (published.csv).
+
+A row names its script and the flags that are its own; the table adds those of its recipe, and a scale may add more. What
+is measured belongs to a command, not to a table: a run that stands in several tables is done once.
+"""
+from __future__ import annotations
+
+import csv
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from engine.errors import Misuse
+from experiments.runner import Job
+
+Flags = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """method, variant: as the paper has them. command: script and the row's own flags, or nothing where it is not offered here."""
+
+    method: str
+    variant: str = ""
+    command: Flags = ()
+    epsilon: str = "8"
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.method, self.variant, f"eps={self.epsilon}" if self.epsilon != "8" else "") if part)
+
+
+@dataclass(frozen=True)
+class Table:
+    """paper, number, dataset: its key in published.csv. recipe: flags of every row. notes: what is known to be wrong in it, or open."""
+
+    paper: str
+    number: str
+    dataset: str
+    title: str
+    recipe: Flags
+    rows: tuple[Row, ...]
+    checkpoints: tuple[str, ...] = ("best", "last")
+    columns: tuple[str, ...] = ("clean", "pgd10", "pgd20", "pgd50", "cw", "apgd", "aa")
+    notes: tuple[str, ...] = ()
+
+    def command(self, row: Row, seed: int, scale: Scale) -> Flags:
+        """Script and flags of a row's training run; where a flag stands there twice, the second one counts."""
+        script, *own = row.command
+        return (script, "--dataset", self.dataset, "--epsilon", row.epsilon, *self.recipe, *own, *scale.training(self, row), "--seed", str(seed))
+
+    def job(self, row: Row, seed: int, scale: Scale, output: Path, results: Path) -> Job:
+        command = last_of_each(self.command(row, seed, scale))
+        digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
+        name = f"{Path(command[0]).stem.removeprefix('train_')}-{self.dataset}-{digest}-seed{seed}"
+        evaluation = ("--dataset", self.dataset, "--epsilon", row.epsilon, *scale.evaluation, *(() if "aa" in self.columns else ("--attacks", ",".join(self.columns))))
+        return Job(row.name, seed, command, evaluation, ("best", "last"), output / ("small" if scale.shrunk else "full") / name,
+                   results / scale.name / f"{name}.json", "-quick" if scale.name == "quick" else "")
+
+    def published(self, row: Row, checkpoint: str) -> dict[str, float]:
+        """The row's published accuracies in percent, and minutes, of those that the paper gives."""
+        found = published().get((self.paper, self.number, self.dataset, row.epsilon, row.method, row.variant, checkpoint), {})
+        return {name: float(value) for name, value in found.items() if value}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a table is made.
+
+    full: as in the papers. quick: the same runs, evaluated on the first 1,000 images only. small: a few thousand real
+    images and narrow networks, minutes on a CPU; its numbers are of their own kind.
+    """
+
+    name: str
+    evaluation: Flags = ()
+    shrunk: bool = False
+
+    def training(self, table: Table, row: Row) -> Flags:
+        if not self.shrunk:
+            return ()
+        wide = {"wideresnet34-10": "1", "wideresnet70-16": "1", "wideresnet34-20": "1", "resnet50": "8"}
+        arch = dict(zip(table.recipe, table.recipe[1:])).get("--arch", "resnet18")
+        return ("--width", wide.get(arch, "8"), "--train-size", "4000", "--epochs", "10", "--batch-size", "64", "--select-on", "val", "--val-size", "200",
+                "--measure-train", "200", "--snapshots", "1,4,7,10")
+
+
+SCALES = {scale.name: scale for scale in (
+    Scale("full"), Scale("quick", ("--n-ex", "1000")), Scale("small", ("--n-ex", "200", "--batch-size", "100"), shrunk=True))}
+
+
+def last_of_each(command: Flags) -> Flags:
+    """A command without the flags that a later one overrides, so that equal runs have equal commands."""
+    script, *rest = command
+    flags: dict[str, list[str]] = {}
+    for word in rest:
+        if word.startswith("--"):
+            flags.pop(word, None)
+            flags[word] = []
+        else:
+            flags[list(flags)[-1]].append(word)
+    return (script, *(word for name in sorted(flags) for word in (name, *flags[name])))
+
+
+@cache
+def published() -> dict[tuple[str, ...], dict[str, str]]:
+    with open(Path(__file__).with_name("published.csv"), newline="") as file:
+        return {tuple(row.pop(key) for key in ("paper", "table", "dataset", "epsilon", "method", "variant", "checkpoint")): row
+                for row in csv.DictReader(file)}
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+ON_TEST = ("--select-on", "test", "--val-size", "0")  # how the papers pick the best checkpoint
+STEP = ON_TEST  # 110 epochs, x0.1 after 100 and 105: the scripts' own default
+CYCLIC = (*ON_TEST, "--lr-schedule", "cyclic", "--epochs", "30")
+WIDE = (*ON_TEST, "--arch", "wideresnet34-10")
+TINY = (*ON_TEST, "--augment", "none")  # as the published Tiny ImageNet scripts
+BENCHMARK = ("--epochs", "100", "--lr", "0.1", "--lr-schedule", "onecycle", "--ema", "0.9995", "--val-size", "1000")
+
+SDI, SDI_PAPER = "train_fgsm_sdi.py", "FGSM-SDI"
+PGD_AT, FGSM_RS = Row("PGD-AT", "", ("train_pgd_at.py",)), Row("FGSM-RS", "", ("train_fgsm_rs.py",))
+CKPT, GA = Row("FGSM-CKPT", "", ("train_fgsm_ckpt.py",)), Row("FGSM-GA", "", ("train_fgsm_ga.py",))
+FREE, FGSM_SDI = Row("Free-AT(m=8)", "", ("train_free_at.py", "--replays", "8")), Row("FGSM-SDI", "", (SDI, "--k", "20"))
+NUAT, GAT = Row("NuAT", "", ("train_nuat.py",)), Row("GAT", "", ("train_gat.py",))
+BP, EP, MEP = (Row(f"FGSM-{name.upper()}", "", (f"train_fgsm_{name}.py",)) for name in ("bp", "ep", "mep"))
+SIX = (PGD_AT, FGSM_RS, CKPT, GA, FREE, FGSM_SDI)
+TRADES, MART, FAT = Row("TRADES", "", ("train_trades.py",)), Row("MART", "", ("train_mart.py",)), Row("FAT", "", ("train_fat.py",))
+GAIRAT, AWP, LBGAT = Row("GAIRAT", "", ("train_gairat.py",)), Row("AWP", "", ("train_awp.py",)), Row("LBGAT", "", ("train_lbgat.py", "--beta", "6"))
+LAS_AT = Row("LAS-AT", "", ("train_las_at.py",))
+LAS_TRADES = Row("LAS-TRADES", "", ("train_las_at.py", "--base", "trades", "--epochs", "100"))
+LAS_AWP = Row("LAS-AWP", "", ("train_las_at.py", "--base", "awp", "--epochs", "200"))
+
+
+def at_radii(*rows: Row) -> tuple[Row, ...]:
+    """ImageNet's three radii."""
+    return tuple(Row(row.method, row.variant, row.command, epsilon) for row in rows for epsilon in ("2", "4", "8"))
+
+
+def smoothed(classes: int, smoothing: float = 0.4) -> str:
+    """torch's label smoothing as the label factor that is the same."""
+    return f"{1 - smoothing * (classes - 1) / classes:g}"
+
+
+def benchmark(dataset: str, classes: int) -> Table:
+    """A data set's table of the FastAT Benchmark."""
+    factor = ("--label-factor", smoothed(classes))
+    liet = ("--label-factor", "0.2", "--liet-lambda", "200") if dataset == "cifar100" else ()
+    offered = {
+        "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero", *factor), "FGSM-RS": ("train_fgsm_rs.py", *factor), "N-FGSM": ("train_n_fgsm.py", *factor),
+        "FREE-AT": ("train_free_at.py", "--replays", "4", "--epochs", "50", *factor), "GRAD-ALIGN": ("train_fgsm_ga.py", "--ga-lambda", "0.2", *factor),
+        "NU-AT": ("train_nuat.py", "--nuclear", "4", *factor), "GAT": ("train_gat.py", *factor), "FGSM-PGI": ("train_fgsm_mep.py", "--reset", "40", *factor),
+        "FGSM-UAP": ("train_fgsm_uap.py", *factor), "FGSM-RS-CS": ("train_fgsm_rs_cs.py",), "LIET": ("train_liet.py", *liet),
+        "PGD-AT": ("train_pgd_at.py", "--ema", "0", *factor), "PGD-AT-WA": ("train_pgd_at.py", *factor),
+    }
+    absent = ("FGSM-CUAP", "FGSM-FUAP", "FGSM-PCO", "FGSM-MEP-CS", "N-AAER", "ZERO-GRAD", "ELLE", "SSAT")
+    rows = [Row(name, "", command) for name, command in offered.items()] + [Row(name) for name in absent if dataset != "tiny-imagenet" or name != "N-AAER"]
+    return Table("FastAT", "main", dataset, f"the FastAT Benchmark's recipe, {dataset}", BENCHMARK,
+                 (*rows, Row("FGSM-SDI", "", (*FGSM_SDI.command, *factor))), ("best",), ("clean", "pgd10", "pgd20", "pgd50", "aa"),
+                 ("Published: means of 3 seeds.", "FGSM-SDI is not in the benchmark: it is here under the same recipe."))
+
+
+CHOSEN = ("The paper does not give the label factor; its code has 0.5, which is what these rows have (--label-factor 1 is the other reading).",)
+TABLES: dict[str, tuple[Table, ...]] = {
+    "II": (Table(SDI_PAPER, "II", "cifar10", "FGSM-SDI: how often the generator learns", STEP,
+                 tuple(Row("FGSM-SDI", f"k={k}", (SDI, "--k", str(k))) for k in (1, 2, 10, 20, 30, 40)), ("best",),
+                 notes=(*CHOSEN, "Misprint: AA of k=20 is 48.52 here and 48.50 in Tables IV and V.")),),
+    "III": (Table(SDI_PAPER, "III", "cifar10", "FGSM-SDI: what the generator sees", STEP,
+                  (*(Row("FGSM-SDI", f"input={name}", (SDI, "--k", "20", "--generator-input", value)) for name, value in (("Benign", "image"), ("Grad", "gradient"))),
+                   Row("FGSM-SDI", "input=Benign+Grad", FGSM_SDI.command)),
+                  columns=("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), notes=CHOSEN),),
+    "IV": (Table(SDI_PAPER, "IV", "cifar10", "FGSM-SDI against PGD with few steps", STEP,
+                 (*(Row(f"PGD{n}-AT", "", ("train_pgd_at.py", "--steps", str(n), "--init", "zero")) for n in (2, 4)), FGSM_SDI),
+                 notes=CHOSEN),),
+    "V": (Table(SDI_PAPER, "V", "cifar10", "ResNet18, step schedule", STEP, SIX,
+                notes=(*CHOSEN, "Misprint: Free-AT's APGD of best and last, 42.18 and 45.22, cannot both be right.")),),
+    "VI": (Table(SDI_PAPER, "VI", "cifar10", "WideResNet-34-10, step schedule", WIDE, SIX, ("best",),
+                 notes=(*CHOSEN, "The text speaks of best and last; the table has one row per method.")),),
+    "VII": (Table(SDI_PAPER, "VII", "cifar10", "ResNet18, cyclic schedule", CYCLIC, SIX, notes=CHOSEN),),
+    "VIII": (Table(SDI_PAPER, "VIII", "cifar100", "ResNet18, step schedule", STEP, SIX, notes=CHOSEN),),
+    "IX": (Table(SDI_PAPER, "IX", "tiny-imagenet", "PreActResNet18, step schedule", TINY, SIX,
+                 notes=(*CHOSEN, "The published numbers are of 5,000 images (all are multiples of 0.02).",
+                        "FGSM-GA: 34.04 / 4.34 AA here, 43.44 / 14.28 in the FGSM-PGI paper for the same cell.")),),
+    "X": (Table(SDI_PAPER, "X", "imagenet", "ResNet50", ON_TEST,
+                at_radii(PGD_AT, Row("Free-AT(m=4)", "", ("train_free_at.py", "--replays", "4")), FGSM_RS, FGSM_SDI), ("best",),
+                ("clean", "pgd10", "pgd50"), notes=CHOSEN),),
+    "PGI": (
+        *(Table("FGSM-PGI", "main", dataset, f"FGSM-PGI's table, {dataset}", recipe, (PGD_AT, FGSM_RS, CKPT, NUAT, GAT, GA, FREE, BP, EP, MEP),
+                columns=("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), notes=notes)
+          for dataset, recipe, notes in (
+              ("cifar10", STEP, ("FGSM-EP: PGD-10 of the last checkpoint is above that of the best one, which is picked by PGD-10.",)),
+              ("cifar100", STEP, ("Misprint: FGSM-BP's clean accuracy of the last checkpoint, 83.82, is another table's.",)),
+              ("tiny-imagenet", TINY, ("Misprint: FGSM-EP's best row repeats FGSM-BP's.",)))),
+        Table("FGSM-PGI", "main", "imagenet", "FGSM-PGI's table, ImageNet", ON_TEST,
+              at_radii(Row("Free-AT(m=4)", "", ("train_free_at.py", "--replays", "4")), FGSM_RS, BP), ("best",), ("clean", "pgd10", "pgd50"))),
+    "FastAT": (benchmark("cifar10", 10), benchmark("cifar100", 100), benchmark("tiny-imagenet", 200)),
+    "LAS-1": (Table("LAS-AT", "1", "cifar10", "LAS-AT: how often the strategy network learns", STEP,
+                    (PGD_AT, *(Row("LAS-AT", f"k={k}", ("train_las_at.py", "--interval", str(k))) for k in (1, 10, 20, 40, 60))), ("best",), ("clean", "pgd10")),),
+    "LAS-1b": (Table("LAS-AT", "1b", "cifar10", "LAS-AWP against stronger fixed attacks", STEP,
+                     (*(Row("AWP", f"train steps={n} train eps={e}") if e == "15" else
+                        Row("AWP", f"train steps={n} train eps={e}", ("train_awp.py", "--steps", n, "--epochs", "200", "--milestones", "100,150"))
+                        for n, e in (("10", "8"), ("10", "15"), ("15", "8"))), LAS_AWP), ("best",),
+                     ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), ("A radius in training that differs from the evaluation's is not offered.",)),),
+    "LAS-2": (Table("LAS-AT", "2", "cifar10", "WideResNet-34-10", WIDE, (PGD_AT, TRADES, MART, FAT, GAIRAT, AWP, LBGAT, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
+                    ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), ("The baselines' recipes are not given: they have this repository's common one.",)),),
+    "LAS-3": (Table("LAS-AT", "3", "cifar100", "WideResNet-34-10", WIDE, (PGD_AT, TRADES, Row("SAT"), AWP, LBGAT, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
+                    ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), ("The baselines' recipes are not given: they have this repository's common one.",)),),
+    "LAS-4": (Table("LAS-AT", "4", "tiny-imagenet", "PreActResNet18", TINY, (PGD_AT, TRADES, AWP, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
+                    ("clean", "pgd50", "cw", "aa")),),
+    "LAS-5": (Table("LAS-AT", "5", "cifar10", "WideResNet-70-16", (*ON_TEST, "--arch", "wideresnet70-16"), (Row("Gowal et al"), LAS_AWP), ("best",), ("clean", "aa"),
+                    ("Misprint or rerun: AA 57.86 here, 57.61 in its RobustBench submission.",)),
+              Table("LAS-AT", "5", "cifar100", "WideResNet-34-20", (*ON_TEST, "--arch", "wideresnet34-20"), (LBGAT, LAS_AWP), ("best",), ("clean", "aa"))),
+    "LAS-6": (Table("LAS-AT", "6", "cifar10", "LAS-AT: the terms of the reward", STEP,
+                    tuple(Row("LAS-AT", name, ("train_las_at.py", *weights)) for name, weights in (
+                        ("L1", ("--robust", "0", "--clean", "0")), ("L1+L2", ("--clean", "0")), ("L1+L3", ("--robust", "0")), ("L1+L2+L3", ()))),
+                    ("best",), ("clean", "pgd10", "aa")),),
+    "LAS-7": (Table("LAS-AT", "7", "cifar10", "WideResNet-34-10, Madry's setting", WIDE, (Row("Madry-AT"), Row("CAT"), Row("DART"), FAT, Row("LAS-Madry-AT")), ("best",),
+                    ("clean", "fgsm", "pgd20", "cw"), ("Madry's setting, and the other methods of this table, are not offered here.",)),),
+    "LAS-GTSRB": (Table("LAS-AT", "GTSRB", "gtsrb", "GTSRB", STEP, (Row("Standard", "", ("train_standard.py",)), PGD_AT, TRADES, AWP, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
+                        ("clean", "pgd50", "cw", "aa"), ("The paper does not say which network and recipe: these are the common ones.",)),),
+}
+
+
+def find(name: str, dataset: str | None = None) -> Table:
+    """A table by its name, and where it has several data sets, that of one of them: the first when not said.
+
+    Raises:
+        Misuse: there is no such table.
+    """
+    if name not in TABLES:
+        raise Misuse(f"table {name}: there are {', '.join(TABLES)}")
+    for table in TABLES[name]:
+        if dataset in (None, table.dataset):
+            return table
+    raise Misuse(f"table {name} --dataset {dataset}: it has {', '.join(table.dataset for table in TABLES[name])}")
