@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # One thread a process: small networks gain nothing from more, and tests and demos run side by side.
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: setup test test-all test-oldest demo demo-all demo-cifar demo-cifar-all readme
+.PHONY: setup browser test test-all test-oldest demo demo-all demo-cifar demo-cifar-all readme site
 
 setup: $(VENV)/.installed
 
@@ -14,6 +14,10 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
+
+# Chromium, in which the page of results is tested, where it is missing and Debian's packages can be had.
+browser:
+	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium > /dev/null)
 
 test: setup
 	$(ONE) $(BIN)/python -m pytest -n auto -m "not slow"
@@ -46,3 +50,6 @@ demo-cifar-all: setup
 
 readme: setup
 	$(BIN)/python -m experiments.render
+
+site: setup
+	$(BIN)/python reproduce.py site

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from engine import record
 from engine.config import Parser
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
 from experiments import side_by_side, tables
 from experiments.runner import all_devices, do_all
+from experiments.site import page
 
 ROOT = Path(__file__).resolve().parent
 
@@ -47,6 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about_a_table(show)
     show.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
     show.add_argument("--tolerance", type=float, default=1.0, help="points from the published accuracy beyond which a cell is marked (default: 1)")
+    site = command("site", "writes one self-contained HTML page of everything measured and published")
+    site.add_argument("--page", type=Path, default=ROOT / "results" / "index.html", help="the file (default: results/index.html)")
     return parser.parse_args(argv)
 
 
@@ -82,9 +86,14 @@ def show(args: argparse.Namespace) -> None:
     print(side_by_side.rendered(table, tables.SCALES[args.scale], args.results, args.format, args.tolerance))
 
 
+def site(args: argparse.Namespace) -> None:
+    record.write_text(page(args.results.parent), args.page)
+    print(args.page)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    {"list": list_, "run": run, "show": show}[args.command](args)
+    {"list": list_, "run": run, "show": show, "site": site}[args.command](args)
 
 
 if __name__ == "__main__":

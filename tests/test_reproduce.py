@@ -1,0 +1,264 @@
+"""The tables: every command of theirs parses, what is published is all there, and an interrupted run goes on where it was."""
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import reproduce
+from engine import record
+from engine.errors import Failure, Misuse
+from experiments import runner, side_by_side, tables
+from experiments.tables import SCALES, Row, Scale, Table
+
+EVERY = [(name, table) for name, several in tables.TABLES.items() for table in several]
+NAMES = [f"{name}-{table.dataset}" for name, table in EVERY]
+
+
+# ---- the tables as data --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
+@pytest.mark.parametrize("name, table", EVERY, ids=NAMES)
+def test_every_command_parses(name, table, scale):
+    for row in table.rows:
+        if row.command:
+            script, *flags = table.job(row, 3, scale, Path(), Path()).train
+            cfg = importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags)
+            assert (cfg.dataset, cfg.epsilon, cfg.seed) == (table.dataset, float(row.epsilon), 3)
+            if not scale.shrunk and table.paper != "FastAT":
+                assert (cfg.select_on, cfg.val_size) == ("test", 0), "the papers pick on the test set"
+
+
+def test_the_recipes_are_the_papers():
+    def config(name, method, dataset=None):
+        table = tables.find(name, dataset)
+        script, *flags = table.command(next(row for row in table.rows if row.method == method), 0, SCALES["full"])
+        return importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags)
+
+    v = config("V", "FGSM-RS")
+    assert (v.arch, v.epochs, v.batch_size, v.lr, v.lr_schedule, v.alpha) == ("resnet18", 110, 128, 0.1, "multistep", 10)
+    assert [config("VII", method).lr for method in ("FGSM-SDI", "FGSM-RS", "FGSM-GA", "FGSM-CKPT")] == [0.2, 0.2, 0.3, 0.3]
+    assert config("VII", "PGD-AT").epochs == 30 and config("VI", "FGSM-SDI").arch == "wideresnet34-10"
+    assert (config("IX", "FGSM-RS").arch, config("IX", "FGSM-RS").augment) == ("preactresnet18", "none")
+    assert (config("IV", "PGD2-AT").alpha, config("IV", "PGD4-AT").alpha, config("IV", "PGD2-AT").init) == (4, 2, "zero")
+    fast = config("FastAT", "N-FGSM", "cifar100")
+    assert (fast.ema, fast.lr_schedule, fast.val_size, fast.select_on) == (0.9995, "onecycle", 1000, "val")
+    assert fast.label_factor == pytest.approx(1 - 0.4 + 0.4 / 100)  # torch: (1 - e) on the true class, and e / C on every class
+
+
+def test_everything_published_is_shown_once():
+    shown = [(t.paper, t.number, t.dataset, row.epsilon, row.method, row.variant, checkpoint) for _, t in EVERY for row in t.rows for checkpoint in ("best", "last")]
+    assert len(shown) == len(set(shown))
+    assert set(tables.published()) <= set(shown)
+    for name, table in EVERY:
+        for row in table.rows:
+            there = any(table.published(row, checkpoint) for checkpoint in table.checkpoints)
+            assert there or (table.paper, row.method) == ("FastAT", "FGSM-SDI"), f"{name}: {row.name} has no published number"
+    assert tables.find("V").published(tables.FGSM_SDI, "last")["aa"] == 47.91
+
+
+def test_published_columns_are_not_lost():
+    for name, table in EVERY:
+        for row in table.rows:
+            for checkpoint in table.checkpoints:
+                assert set(table.published(row, checkpoint)) - {"minutes"} <= set(table.columns), f"{name}: {row.name}"
+
+
+def test_one_run_serves_all_tables_that_have_it():
+    jobs = {name: tables.find(name).job(row, 0, SCALES["full"], Path("o"), Path("r")) for name in ("II", "III", "IV", "V")
+            for row in tables.find(name).rows if row.method == "FGSM-SDI" and row.variant in ("", "k=20", "input=Benign+Grad")}
+    assert len(jobs) == 4 and len({job.result for job in jobs.values()}) == 1
+    quick = tables.find("V").job(tables.FGSM_SDI, 0, SCALES["quick"], Path("o"), Path("r"))
+    assert quick.folder == jobs["V"].folder and quick.suffix and quick.result != jobs["V"].result
+    assert tables.find("VII").job(tables.FGSM_SDI, 0, SCALES["full"], Path("o"), Path("r")).folder != jobs["V"].folder
+
+
+def test_of_a_flag_that_is_given_twice_the_second_counts():
+    assert tables.last_of_each(("s.py", "--b", "1", "--a", "--b", "2")) == ("s.py", "--a", "--b", "2")
+
+
+@pytest.mark.parametrize("name, dataset", [("XI", None), ("V", "svhn")])
+def test_an_unknown_table_is_refused(name, dataset):
+    with pytest.raises(Misuse, match=name if dataset is None else dataset):
+        tables.find(name, dataset)
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+def made_up(job, seed: int, values: dict[str, float], n: int = 10_000, dirty: bool = False, warnings: tuple[str, ...] = ()) -> None:
+    """A run's JSON with the fields that the tables read."""
+    evaluation = {"n": n, "dirty": dirty, "warnings": list(warnings), "metrics": {name: {"value": value, "n": n} for name, value in values.items()}}
+    run = {"seed": seed, "dirty": False, "device": "a device", "precision": "fp32", "commit": "c" * 40, "versions": {"torch": "2.6"}, "seconds": {"training": 600.0}}
+    job.result.parent.mkdir(parents=True, exist_ok=True)
+    job.result.write_text(json.dumps({"label": job.label, "run": run, "log": [], "evaluations": {"best": evaluation, "last": evaluation}}))
+
+
+@pytest.mark.parametrize("name, table", EVERY, ids=NAMES)
+def test_nothing_measured_is_nothing_shown(name, table, tmp_path):
+    for scale in SCALES.values():
+        text = side_by_side.rendered(table, scale, tmp_path, "csv", 1.0)
+        assert all(not row["ours"] and not row["deviation"] and not row["minutes"] for row in csv.DictReader(io.StringIO(text)))
+    assert "has been measured yet" in side_by_side.rendered(table, SCALES["full"], tmp_path, "text", 1.0)
+
+
+def test_ours_stands_beside_published_with_its_deviation(tmp_path):
+    table, scale = tables.find("VII"), SCALES["full"]
+    row = next(row for row in table.rows if row.method == "FGSM-RS")
+    for seed, aa in enumerate((42.0, 43.0, 44.0)):
+        made_up(table.job(row, seed, scale, Path(), tmp_path), seed, {"clean": 80.0, "aa": aa})
+    text = side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    line = next(line for line in text.splitlines() if line.startswith("FGSM-RS"))
+    assert "43.00 ±1.00 (42.92, +0.08)" in line and "80.00 ±0.00 (83.75, -3.75!)" in line and "10.0 (15)" in line
+    assert "80.00 ±0.00 (83.75, -3.75)" in side_by_side.rendered(table, scale, tmp_path, "text", 4.0)
+    assert "n = 10000" in text and "3 seeds" in text and "a device" in text and "cccccccccc" in text
+    assert "| 43.00 ±1.00 (42.92, +0.08) |" in side_by_side.rendered(table, scale, tmp_path, "markdown", 1.0)
+    found = [row for row in csv.DictReader(io.StringIO(side_by_side.rendered(table, scale, tmp_path, "csv", 1.0))) if row["row"] == "FGSM-RS" and row["column"] == "aa"]
+    assert [(row["ours"], row["sd"], row["seeds"], row["published"], row["deviation"]) for row in found] == [("43.0", "1.0", "3", "42.92", "0.08")] * 2
+
+
+def test_the_small_scale_is_not_compared(tmp_path):
+    table, scale = tables.find("VII"), SCALES["small"]
+    made_up(table.job(table.rows[0], 0, scale, Path(), tmp_path), 0, {"clean": 20.0, "aa": 10.0}, n=200)
+    text = side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    assert "10.00 (46.83)" in text and "!" not in text
+    assert "10.00" not in side_by_side.rendered(table, SCALES["full"], tmp_path, "text", 1.0)
+
+
+def test_numbers_that_do_not_count(tmp_path):
+    """From a tree that differs from its commit; on fewer images than another seed; and one that the evaluation doubts."""
+    table, scale = tables.find("VII"), SCALES["full"]
+    job = lambda seed: table.job(table.rows[0], seed, scale, Path(), tmp_path)
+    made_up(job(0), 0, {"aa": 99.0}, dirty=True)
+    assert "99.00" not in side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    made_up(job(1), 1, {"aa": 40.0}, n=1000)
+    made_up(job(2), 2, {"aa": 46.0}, warnings=("PGD misleads on this model", "measured on the first 10000 of ..."))
+    text = side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    assert "46.00 (46.83, -0.83)" in text and "40.00" not in text and "43.00" not in text
+    assert "PGD-AT ?" in text and "? PGD-AT: PGD misleads on this model" in text and "measured on the first" not in text
+
+
+def test_list_names_every_table(tmp_path, capsys):
+    job = tables.find("V").job(tables.FGSM_SDI, 0, SCALES["full"], Path(), tmp_path)
+    made_up(job, 0, {"aa": 48.0})
+    reproduce.main(["list", "--results", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(EVERY)
+    counts = {line.split()[0]: line.split()[3] for line in lines if "cifar10 " in line}
+    assert (counts["V"], counts["II"], counts["III"], counts["IV"], counts["VII"]) == ("1", "1", "1", "1", "0")
+
+
+# ---- running them --------------------------------------------------------------------------------------------------
+
+ROWS = (Row("RS", "", ("train_fgsm_rs.py",)), Row("Standard", "", ("train_standard.py",)), Row("Absent"))
+DIGITS = Table("Nobody", "1", "digits", "a table that takes seconds", ("--epochs", "3", "--train-size", "128", "--val-size", "32", "--arch", "resnet8", "--width", "8"), ROWS,
+               columns=("clean", "pgd10"))
+TINY = Scale("tiny", ("--n-ex", "20", "--attacks", "clean,pgd10"))
+
+
+@pytest.fixture
+def digits(monkeypatch, tmp_path):
+    """A function that runs the table of digits, as from the shell; its folder is tmp_path."""
+    monkeypatch.setitem(tables.TABLES, "D", (DIGITS,))
+    monkeypatch.setitem(tables.SCALES, "tiny", TINY)
+
+    def run(*flags: str) -> None:
+        reproduce.main(["run", "D", "--scale", "tiny", "--devices", "cpu", "--output", str(tmp_path / "output"), "--results", str(tmp_path / "results"), *flags])
+
+    return run
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_finished_is_not_done_again(digits, tmp_path, capsys):
+    digits()
+    results = sorted((tmp_path / "results" / "tiny").glob("*.json"))
+    assert len(results) == 2
+    run = json.loads(results[0].read_text())
+    assert run["evaluations"].keys() == {"best", "last"} and run["evaluations"]["last"]["metrics"]["pgd10"]["n"] == 20 and len(run["log"]) == 3
+    before = stamps(tmp_path)
+    digits()
+    assert stamps(tmp_path) == before and "2 runs, 2 of them done" in capsys.readouterr().out
+    results[0].unlink()
+    digits()
+    assert {path: stamp for path, stamp in stamps(tmp_path).items() if before.get(path) != stamp}.keys() == {str(results[0])}, "collected again, not trained or evaluated"
+
+
+def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path):
+    digits("--rows", "RS")
+    folder = next((tmp_path / "output" / "full").iterdir())
+    whole = torch.load(folder / "last.pth", weights_only=True)["state_dict"]
+    folder.rename(tmp_path / "whole")
+    next((tmp_path / "results" / "tiny").iterdir()).unlink()
+    with pytest.raises(Failure, match="RS, seed 0: the training is not finished"):
+        digits("--rows", "RS", "--time-limit", "0.02")
+    assert (folder / "state.pth").is_file() and not list((tmp_path / "results").rglob("*.json"))
+    digits("--rows", "RS")
+    pieces = torch.load(folder / "last.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(pieces[key], whole[key]) for key in whole)
+
+
+def test_killed_at_a_random_moment_it_repeats_nothing_finished(digits, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text("import sys\nimport reproduce\nfrom experiments import tables\nfrom tests import test_reproduce as t\n"
+                      "tables.TABLES['D'], tables.SCALES['tiny'] = (t.DIGITS,), t.TINY\nreproduce.main(sys.argv[1:])\n")
+    command = [sys.executable, str(driver), "run", "D", "--scale", "tiny", "--devices", "cpu", "--output", str(tmp_path / "output"), "--results", str(tmp_path / "results")]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(record.ROOT)}, start_new_session=True, stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    while not list((tmp_path / "output").glob("full/*/result.json")) and time.monotonic() < began + 90:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    trained = list((tmp_path / "output").glob("full/*/result.json"))
+    assert trained, "the first training was to be finished when it was killed"
+    before = {path: path.stat().st_mtime_ns for path in trained}
+    digits()
+    assert len(list((tmp_path / "results").rglob("*.json"))) == 2
+    assert {path: path.stat().st_mtime_ns for path in trained} == before
+
+
+def test_one_failure_does_not_stop_the_rest(digits, tmp_path, monkeypatch):
+    broken = Table(**{**vars(DIGITS), "rows": (Row("Broken", "", ("train_fgsm_rs.py", "--alpha", "nonsense")), *ROWS)})
+    monkeypatch.setitem(tables.TABLES, "D", (broken,))
+    with pytest.raises(Failure, match="Broken, seed 0.*status 2") as failed:
+        digits("--rows", "Broken,Standard")
+    assert len(list((tmp_path / "results").rglob("*.json"))) == 1 and "Standard" not in str(failed.value)
+
+
+def test_rows_that_are_not_offered_are_refused(digits):
+    for name in ("Absent", "Nonsense"):
+        with pytest.raises(Misuse, match=f"offers RS, Standard, not {name}"):
+            digits("--rows", name)
+
+
+def test_a_last_checkpoint_that_is_the_best_one_is_evaluated_once(digits, tmp_path):
+    digits("--rows", "Standard")
+    folder = next((tmp_path / "output" / "full").iterdir())
+    best, last = (json.loads((folder / "result.json").read_text())["checkpoints"][name]["epoch"] for name in ("best", "last"))
+    assert (folder / "last").is_dir() == (best != last)
+
+
+def test_every_device_is_used_and_none_twice_at_a_time(monkeypatch, tmp_path):
+    busy, seen = set(), set()
+
+    def do(job, data_dir, device, deadline):
+        assert device not in busy
+        busy.add(device)
+        seen.add(device)
+        time.sleep(0.05)
+        busy.remove(device)
+
+    monkeypatch.setattr(runner.Job, "do", do)
+    jobs = [DIGITS.job(ROWS[0], seed, TINY, tmp_path, tmp_path) for seed in range(6)]
+    assert runner.do_all(jobs, tmp_path, ["cuda:0", "cuda:1"]) == [] and seen == {"cuda:0", "cuda:1"}
