@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         for job in jobs:
             print("python", *job.train, "--data-dir", args.data_dir, "--out-dir", job.folder)
         return
-    missing = [job for job in jobs if not job.result.is_file()]
+    missing = [job for job in jobs if not job.is_done()]
     print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done", flush=True)
     if missing:
         load(table.dataset, args.data_dir)  # once, before all processes want it

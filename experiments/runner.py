@@ -47,9 +47,12 @@ class Job:
     result: Path
     suffix: str = ""
 
+    def is_done(self) -> bool:
+        return self.result.is_file() and set(self.checkpoints) <= json.loads(self.result.read_text())["evaluations"].keys()
+
     def do(self, data_dir: Path, device: str, deadline: float = math.inf) -> str | None:
         """Does what is missing until the clock (time.monotonic) shows `deadline`; returns why it is not finished, or None."""
-        if self.result.is_file():
+        if self.is_done():
             return None
         shared = ("--data-dir", str(data_dir), "--device", device, "--out-dir")
         left = () if deadline == math.inf else ("--time-limit", f"{max(deadline - time.monotonic(), 0) / 60:.2f}")
@@ -96,15 +99,16 @@ class Job:
         return f"{name}: {' '.join(command)} ended with status {process.returncode}; see {output}"
 
     def _collect(self) -> None:
-        """One small JSON of everything that was measured."""
+        """One small JSON of everything that was measured, evaluations of other checkpoints that it held before among them."""
         def read(path: Path) -> Any:
             return json.loads(path.read_text())
 
         found = {name: read(self._evaluated(name) / "evaluation.json") for name in self._distinct()}
+        before = read(self.result)["evaluations"] if self.result.is_file() else {}
         log = (self.folder / "log.jsonl").read_text().splitlines()
         self.result.parent.mkdir(parents=True, exist_ok=True)
         record.write_json({"label": self.label, "run": read(self.folder / "result.json"), "log": [json.loads(line) for line in log],
-                           "evaluations": {name: found.get(name, found.get("best")) for name in self.checkpoints}}, self.result)
+                           "evaluations": before | {name: found.get(name, found.get("best")) for name in self.checkpoints}}, self.result)
 
 
 def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes: float | None = None) -> list[str]:

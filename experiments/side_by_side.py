@@ -71,7 +71,7 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
         runs = [run for run in runs if run["evaluations"]["best"]["n"] == n]
         for checkpoint in table.checkpoints:
             published = table.published(row, checkpoint)
-            evaluations = [run["evaluations"][checkpoint] for run in runs]
+            evaluations = [run["evaluations"][checkpoint] for run in runs if checkpoint in run["evaluations"]]
             cells = {column: Cell([e["metrics"][column]["value"] for e in evaluations if column in e["metrics"]], published.get(column)) for column in table.columns}
             minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in runs], published.get("minutes"))
             doubts = sorted({said for e in evaluations for said in e["warnings"] if not said.startswith("measured on the first")})

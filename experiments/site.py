@@ -49,10 +49,10 @@ def _rows(name: str, dataset: str, scale: str, line: side_by_side.Line) -> list[
     if scale == "full" and any(cell.published is not None for cell in line.cells.values()):
         found.append(shared | {"source": "published", "scale": "full", **{key: line.cells[key].published if key in line.cells else None for key in HEADINGS},
                                "minutes": line.minutes.published, "seeds": None, "n": None, "device": "", "doubt": ""})
-    if line.runs:
+    if any(cell.values for cell in line.cells.values()):
         first = line.runs[0]
         found.append(shared | {"source": "ours", "scale": scale, **{key: line.cells[key].mean if key in line.cells else None for key in HEADINGS},
-                               "minutes": line.minutes.mean, "seeds": len(line.runs), "n": first["evaluations"][line.checkpoint]["n"],
+                               "minutes": line.minutes.mean, "seeds": len(line.runs), "n": first["evaluations"]["best"]["n"],
                                "device": first["run"]["device"], "doubt": "; ".join(line.unreliable)})
     return found
 

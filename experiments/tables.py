@@ -55,7 +55,7 @@ class Table:
         digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
         name = f"{Path(command[0]).stem.removeprefix('train_')}-{self.dataset}-{digest}-seed{seed}"
         evaluation = ("--dataset", self.dataset, "--epsilon", row.epsilon, *scale.evaluation, *(() if "aa" in self.columns else ("--attacks", ",".join(self.columns))))
-        return Job(row.name, seed, command, evaluation, ("best", "last"), output / ("small" if scale.shrunk else "full") / name,
+        return Job(row.name, seed, command, evaluation, self.checkpoints, output / ("small" if scale.shrunk else "full") / name,
                    results / scale.name / f"{name}.json", "-quick" if scale.name == "quick" else "")
 
     def published(self, row: Row, checkpoint: str) -> dict[str, float]:
@@ -86,7 +86,7 @@ class Scale:
 
 
 SCALES = {scale.name: scale for scale in (
-    Scale("full"), Scale("quick", ("--n-ex", "1000")), Scale("small", ("--n-ex", "200", "--batch-size", "100"), shrunk=True))}
+    Scale("full"), Scale("quick", ("--n-ex", "1000")), Scale("small", ("--n-ex", "100", "--batch-size", "100"), shrunk=True))}
 
 
 def last_of_each(command: Flags) -> Flags:

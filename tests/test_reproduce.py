@@ -195,6 +195,20 @@ def test_what_is_finished_is_not_done_again(digits, tmp_path, capsys):
     assert {path: stamp for path, stamp in stamps(tmp_path).items() if before.get(path) != stamp}.keys() == {str(results[0])}, "collected again, not trained or evaluated"
 
 
+def test_a_table_that_shows_more_checkpoints_adds_their_evaluation(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "D", (Table(**{**vars(DIGITS), "checkpoints": ("last",)}),))
+    digits("--rows", "RS")
+    result, = (tmp_path / "results").rglob("*.json")
+    last = json.loads(result.read_text())["evaluations"]
+    monkeypatch.setitem(tables.TABLES, "D", (DIGITS,))
+    before = stamps(tmp_path / "output")
+    digits("--rows", "RS")
+    both = json.loads(result.read_text())["evaluations"]
+    assert last.keys() == {"last"} and both.keys() == {"best", "last"} and both["last"]["metrics"] == last["last"]["metrics"]
+    changed = {Path(path).relative_to(tmp_path / "output").parts[2] for path, stamp in stamps(tmp_path / "output").items() if before.get(path) != stamp}
+    assert changed <= {"best", "output.log"}, "what was trained and evaluated stays"
+
+
 def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path):
     digits("--rows", "RS")
     folder = next((tmp_path / "output" / "full").iterdir())
