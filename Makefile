@@ -20,15 +20,15 @@ browser:
 	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium > /dev/null)
 
 test: setup
-	$(ONE) $(BIN)/python -m pytest -n auto -m "not slow"
+	$(ONE) $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-all: setup
-	$(ONE) $(BIN)/python -m pytest -n auto
+	$(ONE) $(BIN)/python -m pytest -n auto --dist loadgroup
 
 # The oldest torch that requirements.txt admits, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
-	$(ONE) .venv-oldest/bin/python -m pytest -n auto -m "not slow"
+	$(ONE) .venv-oldest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 .venv-oldest/.oldest: requirements.txt
 	$(PYTHON) -m venv .venv-oldest

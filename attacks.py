@@ -25,10 +25,15 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Callable = F.cr
         return torch.autograd.grad(loss(model(x), y), x)[0]
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean over the batch of max_{k != y} z_k - z_y: the C&W loss that the papers ascend (no hinge, no kappa)."""
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) max_{k != y} z_k - z_y: above 0 where another class than y is predicted."""
     true = F.one_hot(y, logits.shape[1]).bool()
-    return (logits.masked_fill(true, -torch.inf).amax(1) - logits[true]).mean()
+    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean over the batch of `margins`: the C&W loss that the papers ascend (no hinge, no kappa)."""
+    return margins(logits, y).mean()
 
 
 def pgd(
@@ -65,6 +70,46 @@ def pgd(
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     """One step of eps from x itself (Goodfellow et al., ICLR 2015)."""
     return inside_image(eps * input_gradient(model, x, y).sign(), x)
+
+
+@torch.no_grad()
+def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int, generator: torch.Generator) -> Tensor:
+    """A short Square attack (Andriushchenko et al., ECCV 2020, Algorithm 2): random search that uses no gradient.
+
+    From vertical stripes of +-eps, every query sets one random square of every image to +-eps per channel, and is kept
+    where `margins` rises. The square's area falls geometrically from 0.8 of the image to one pixel, so that a few hundred
+    queries go through all scales (the paper's table of halvings is made for 10,000). Leaves an image alone once it is
+    misclassified.
+
+    Args:
+        y: (N,) int64.
+        generator: a CPU generator.
+
+    Returns:
+        delta.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+
+    def draw(high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, generator=generator).to(x.device)
+
+    delta = inside_image(eps * (2 * draw(2, n, channels, 1, width) - 1), x)
+    worst = margins(model(x + delta), y)
+    for query in range(1, queries):
+        standing = (worst < 0).nonzero().squeeze(1)
+        if len(standing) == 0:
+            break
+        side = max(1, min(height, width, round((0.8 * height * width) ** ((1 - query / queries) / 2))))
+        top = draw(height - side + 1, len(standing), 1, 1, 1)
+        left = draw(width - side + 1, len(standing), 1, 1, 1)
+        within = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        sign = 2 * draw(2, len(standing), channels, 1, 1) - 1
+        tried = torch.where(within, inside_image((eps * sign).expand_as(x[standing]), x[standing]), delta[standing])
+        found = margins(model(x[standing] + tried), y[standing])
+        better = found > worst[standing]
+        delta[standing[better]], worst[standing[better]] = tried[better], found[better]
+    return delta
 
 
 @torch.no_grad()

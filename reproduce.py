@@ -13,7 +13,9 @@ from engine import record
 from engine.config import Parser
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
-from experiments import side_by_side, tables
+from engine.run import chosen_device, keep_freed_memory
+from experiments import figures, side_by_side, tables
+from experiments.figures import sources
 from experiments.runner import all_devices, do_all
 from experiments.site import page
 
@@ -24,8 +26,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text + more, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         added.add_argument("--results", type=Path, default=ROOT / "results" / "tables", help="where the JSON of every run goes (default: results/tables)")
         return added
 
@@ -49,6 +51,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about_a_table(show)
     show.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
     show.add_argument("--tolerance", type=float, default=1.0, help="points from the published accuracy beyond which a cell is marked (default: 1)")
+    listed = "".join(f"\n  {name:<17} {each.text}" for name, each in figures.FIGURES.items())
+    figure = command("figure", "measures and draws one of the papers' figures", f":\n{listed}\n\nDescribed in docs/figures.md.")
+    figure.add_argument("name", choices=list(figures.FIGURES), metavar="NAME", help="one of those above")
+    figure.add_argument("--table", help="whose runs (default: V; strategies: LAS-6)")
+    figure.add_argument("--dataset", help="where a table has several (default: the first)")
+    figure.add_argument("--scale", choices=list(tables.SCALES), default="full", help="of the runs (default: full)")
+    figure.add_argument("--rows", help="some of the table's rows, with commas between them (default: the figure's own)")
+    figure.add_argument("--runs", help="instead of a table's: folders that training scripts filled, with commas between them")
+    figure.add_argument("--checkpoint", choices=("best", "last"), default="best", help="where networks are measured (default: best)")
+    figure.add_argument("--data-dir", type=Path, default=Path("data/"), help="where data sets lie (default: data/)")
+    figure.add_argument("--output", type=Path, default=Path("output/tables"), help="where the runs' own files lie (default: output/tables)")
+    figure.add_argument("--figures", type=Path, default=ROOT / "results" / "figures", help="where the JSON, .pdf and .png go (default: results/figures)")
+    figure.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    figure.add_argument("--redraw", action="store_true", help="only draw again what was measured")
     site = command("site", "writes one self-contained HTML page of everything measured and published")
     site.add_argument("--page", type=Path, default=ROOT / "results" / "index.html", help="the file (default: results/index.html)")
     return parser.parse_args(argv)
@@ -86,6 +102,26 @@ def show(args: argparse.Namespace) -> None:
     print(side_by_side.rendered(table, tables.SCALES[args.scale], args.results, args.format, args.tolerance))
 
 
+def figure(args: argparse.Namespace) -> None:
+    figure, default, scale = figures.FIGURES[args.name], parse(["figure", args.name]), tables.SCALES[args.scale]
+    name, table = args.table or figure.table, tables.find(args.table or figure.table, args.dataset)
+    suffix = f"-{name}-{table.dataset}" if (args.table or args.dataset) and not args.runs else ""
+    path = args.figures / scale.name / f"{args.name}{suffix}.json"
+    if not args.redraw:
+        device = chosen_device(args.device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        given = "".join(f" --{key.replace('_', '-')} {getattr(args, key)}" for key in ("dataset", "data_dir", "output", "results")
+                        if getattr(args, key) != getattr(default, key))
+        if args.runs:
+            runs = sources.of_folders([Path(folder) for folder in args.runs.split(",")])
+        else:
+            runs = figures.runs(figure, sources.Place(name, table, scale, args.output, args.results, given), args.rows.split(",") if args.rows else ())
+        figures.measured(args.name, runs, sources.Setting(args.data_dir, device, args.checkpoint, 200 if scale.shrunk else 1000), path)
+    figures.drawn(path)
+    print(f"{path}, and beside it {path.stem}.pdf and {path.stem}.png")
+
+
 def site(args: argparse.Namespace) -> None:
     record.write_text(page(args.results.parent), args.page)
     print(args.page)
@@ -93,7 +129,7 @@ def site(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    {"list": list_, "run": run, "show": show, "site": site}[args.command](args)
+    {"list": list_, "run": run, "show": show, "figure": figure, "site": site}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Clean accuracy; FGSM, PGD-10, -20 and -50 (one restart, random start); C&W (20 steps on the margin); APGD and AutoAttack
 (standard version, by pyautoattack, one attack at a time: an interrupted evaluation continues). The verdict is fp32, in
-eval mode, on inputs in [0, 1]. Writes evaluation.json, a verdict per image, and the adversarial images.
+eval mode, on inputs in [0, 1]. Writes evaluation.json, a verdict per image, the adversarial images, and the claim card:
+checks without which the numbers are not to be trusted (docs/claim-card.md).
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import data, evaluate, foreign, record
+from engine import card, data, evaluate, foreign, record
 from engine.config import Parser
 from engine.errors import Misuse, one_sentence
 from engine.run import chosen_device, keep_freed_memory
@@ -36,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pgd-alpha", type=float, help="step of PGD and C&W in 255ths (default: epsilon / 4)")
     parser.add_argument("--attacks", default=",".join(evaluate.COLUMNS), help=f"columns to measure (default: {','.join(evaluate.COLUMNS)})")
     parser.add_argument("--n-ex", type=int, help="the first N test images only (default: all); sets sorted by class are in a fixed random order")
+    parser.add_argument("--card-n", type=int, default=256, help="images of the claim card, at least 100; 0: no card (default: 256)")
     parser.add_argument("--batch-size", type=int, default=500, help="images per batch (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the random starts and of AutoAttack (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -46,6 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("epsilon", "pgd_alpha", "n_ex", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise Misuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if args.card_n < 0:
+        raise Misuse(f"--card-n {args.card_n}: must not be below 0")
     return args
 
 
@@ -88,6 +92,10 @@ def main(args: argparse.Namespace) -> dict:
         found.update(evaluate.auto_attack(model, x, y, columns=columns, path=out_dir / "autoattack.pth", log=print_progress, **settings))
         seconds["autoattack"] = time.perf_counter() - began
 
+    claim = card.build(model, x, y, found=found, n=args.card_n, classes=dataset.classes, alpha=alpha / 255, **settings,
+                       saved=out_dir / "autoattack.pth" if len(plain) < len(columns) else None)
+    seconds["card"] = claim["seconds"]
+
     with evaluate.trustworthy():  # so that what is written is as it was while measuring
         provenance = record.provenance(device, "fp32")
     content = {
@@ -95,7 +103,7 @@ def main(args: argparse.Namespace) -> dict:
         "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
         "test_order": "a fixed permutation of the files" if dataset.shuffled else "of the files",
         "seed": args.seed, "batch_size": args.batch_size, "metrics": evaluate.metrics(found),
-        "warnings": evaluate.warnings(found, dataset.classes, len(dataset.x_test)), "verdicts": "verdicts.npz",
+        "card": claim, "warnings": card.warnings(claim, n, len(dataset.x_test)), "verdicts": "verdicts.npz",
         "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **provenance,
     }
     np.savez_compressed(out_dir / "verdicts.npz", **{column: standing.numpy() for column, standing in found.items()})
@@ -122,7 +130,8 @@ def show(content: dict, out_dir: Path) -> None:
     print(f"\n{content['model_path']}: {content['arch']} on {content['n']} test images of {content['dataset']}, "
           f"epsilon {content['epsilon']:g}/255, fp32")
     for column, metric in content["metrics"].items():
-        print(f"  {column:6s} {metric['value']:6.2f} %   (95 %: {metric['interval'][0]:.2f} to {metric['interval'][1]:.2f}, n = {metric['n']})")
+        print(f"  {column:6s} {metric['value']:6.2f} %{card.mark(content):1s}  (95 %: {metric['interval'][0]:.2f} to {metric['interval'][1]:.2f}, n = {metric['n']})")
+    print(card.text(content["card"]))
     for sentence in content["warnings"]:
         print(f"warning: {sentence}")
     print(f"written to {out_dir}/evaluation.json")

@@ -22,10 +22,10 @@ class Config(engine.Config):
 
     base: Literal["pgd", "trades"] = engine.flag("pgd", "what the weights are perturbed against: PGD-AT's loss or TRADES's")
     alpha: float | None = engine.step_size(1 / 4)
-    steps: int = engine.flag(10, "steps of the attack")
-    beta: float = engine.flag(6.0, "weight of TRADES's divergence")
-    gamma: float | None = engine.flag(None, "size of the weights' perturbation relative to theirs, layer by layer (default: 0.01, and 0.005 on TRADES)")
-    warmup: int | None = engine.flag(None, "epochs without it (default: 0; on TRADES one less than a twentieth of the run: published from the 10th of 200 on)")
+    steps: int = engine.flag(10, "steps of the attack", at_least=1)
+    beta: float = engine.flag(6.0, "weight of TRADES's divergence", at_least=0)
+    gamma: float | None = engine.flag(None, "size of the weights' perturbation relative to theirs, layer by layer (default: 0.01, and 0.005 on TRADES)", at_least=0)
+    warmup: int | None = engine.flag(None, "epochs without it (default: 0; on TRADES one less than a twentieth of the run: published from the 10th of 200 on)", at_least=0)
     attack_bn: Literal["train", "eval"] | None = engine.flag(None, "BatchNorm's mode during the attack (default: train, and eval on TRADES, as published)")
 
     def check(self) -> None:
@@ -34,8 +34,6 @@ class Config(engine.Config):
         self.gamma = (0.005 if trades else 0.01) if self.gamma is None else self.gamma
         self.warmup = (max(self.epochs // 20 - 1, 0) if trades else 0) if self.warmup is None else self.warmup
         self.attack_bn = ("eval" if trades else "train") if self.attack_bn is None else self.attack_bn
-        if self.gamma < 0 or self.warmup < 0:
-            raise engine.Misuse(f"--gamma {self.gamma}, --warmup {self.warmup}: both must be at least 0")
 
 
 def perturb(model, x, y, eta, eps, alpha, steps, loss):
@@ -77,8 +75,9 @@ def main(cfg: Config) -> None:
             if cfg.base == "pgd":
                 delta = perturb(model, x, target, inside_image(eps * run.uniform(x), x), eps, alpha, cfg.steps, F.cross_entropy)
             else:
-                delta = perturb(model, x, model(x).detach(), 0.001 * run.normal(x), eps, alpha, cfg.steps,
-                                lambda *logits: divergence(*logits).mean())
+                with torch.no_grad():
+                    clean_logits = model(x)
+                delta = perturb(model, x, clean_logits, 0.001 * run.normal(x), eps, alpha, cfg.steps, lambda *logits: divergence(*logits).mean())
 
         def loss(logits):
             if cfg.base == "pgd":

@@ -17,7 +17,7 @@ class Config(engine.Config):
     METHOD = "fat"
 
     alpha: float | None = engine.step_size(1 / 4)
-    steps: int = engine.flag(10, "largest number of steps")
+    steps: int = engine.flag(10, "largest number of steps", at_least=1)
     tau: int | None = engine.flag(None, "steps after the first misclassification (default: 0, then 1 from 5/12 and 2 from 9/12 of the epochs on: "
                                   "published as 50 and 90 of 120)")
     omega: float = engine.flag(0.001, "standard deviation of the noise that every step adds")

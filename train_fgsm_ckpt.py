@@ -20,14 +20,9 @@ class Config(engine.Config):
     CYCLIC_LR = 0.3
 
     alpha: float | None = engine.step_size(1.25)
-    c: int = engine.flag(3, "checkpoints along the direction, its end included")
+    c: int = engine.flag(3, "checkpoints along the direction, its end included", at_least=1)
     correct_at: Literal["noisy", "clean"] = engine.flag("noisy", "which image must be classified correctly for an attack: "
                                                         "the start of the step, as in the published code, or the clean one, as in the paper")
-
-    def check(self) -> None:
-        super().check()
-        if self.c < 1:
-            raise engine.Misuse(f"--c {self.c}: must be at least 1")
 
 
 def direction(model, x, target, eta, eps, alpha):
@@ -59,7 +54,8 @@ def main(cfg: Config) -> None:
         with eval_mode(run.model):  # BatchNorm's averages in the whole attack, as in the published code's version of its library
             delta, logits = direction(run.model, x, target, eps * run.uniform(x), eps, alpha)
             if cfg.correct_at == "clean":
-                logits = run.model(x).detach()
+                with torch.no_grad():
+                    logits = run.model(x)
             delta = shorten(run.model, x, y, delta, logits, cfg.c)
         logits = run.model(x + delta)
         run.update(F.cross_entropy(logits, target), logits=logits)

@@ -24,15 +24,13 @@ class Config(engine.Config):
                                                     "which is classes times as large")
     init: Literal["corner", "uniform", "zero"] = engine.flag("corner", "where the first perturbations start: a random corner of the ball, "
                                                              "as in the published code, uniform noise, as in the paper, or zero")
-    reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)")
+    reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)", at_least=0)
     align: bool = engine.flag(False, "move what is remembered along with the random crop and flip; the published code does not")
 
     def check(self) -> None:
         super().check()
         if self.reset is None:
             self.reset = 10 if self.dataset in ("cifar100", "tiny-imagenet", "imagenet") else 40
-        if self.reset < 0:
-            raise engine.Misuse(f"--reset {self.reset}: must be at least 0")
 
 
 def start(noise, init, eps):

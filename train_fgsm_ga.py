@@ -34,14 +34,15 @@ def perturb(x, gradient, eps, alpha):
     return inside_image(project(alpha * gradient.sign(), eps), x)
 
 
-def misalignment(model, x, target, gradient, eta):
+def misalignment(model, x, target, gradient, eta, whole=lambda alignment: alignment):
     """Eq. 4: 1 - cos(grad L(f(x)), grad L(f(x + eta))), mean over the samples where neither gradient is zero.
 
     The gradient at x is a constant; only the one at x + eta is differentiated, as published. x + eta may leave [0, 1].
+    `whole` puts the processes' parts of the batch together.
     """
     noisy = (x + eta).requires_grad_()
     noisy_gradient, = torch.autograd.grad(F.cross_entropy(model(noisy), target), noisy, create_graph=True)
-    alignment = cosine(gradient, noisy_gradient)
+    alignment = whole(cosine(gradient, noisy_gradient))
     return (1 - alignment).nansum() / (~alignment.isnan()).sum().clamp(min=1)
 
 
@@ -53,7 +54,7 @@ def main(cfg: Config) -> None:
         target = soft_labels(y, run.classes, cfg.label_factor)
         gradient = input_gradient(run.model, x, target)
         logits = run.model(x + perturb(x, gradient, eps, alpha))
-        penalty = misalignment(run.model, x, target, gradient, eps * run.uniform(x))
+        penalty = misalignment(run.model, x, target, gradient, eps * run.uniform(x), whole=run.gathered)
         run.update(F.cross_entropy(logits, target) + cfg.ga_lambda * penalty, logits=logits)
 
 

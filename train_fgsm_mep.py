@@ -27,15 +27,13 @@ class Config(engine.Config):
     mu: float = engine.flag(0.3, "decay of the momentum")
     accumulate: Literal["normalised", "sign"] = engine.flag("normalised", "what the momentum gathers: the gradient over the batch's L1 norm, "
                                                             "as in the published code, or its sign, as in the paper")
-    reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)")
+    reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)", at_least=0)
     align: bool = engine.flag(False, "move what is remembered along with the random crop and flip; the published code does not")
 
     def check(self) -> None:
         super().check()
         if self.reset is None:
             self.reset = 10 if self.dataset in ("cifar100", "tiny-imagenet", "imagenet") else 40
-        if self.reset < 0:
-            raise engine.Misuse(f"--reset {self.reset}: must be at least 0")
 
 
 def start(noise, init, eps):
@@ -43,7 +41,12 @@ def start(noise, init, eps):
     return eps * {"corner": noise.sign(), "uniform": noise, "zero": 0 * noise}[init]
 
 
-def perturb(model, x, target, eta, momentum, eps, alpha, mu, accumulate):
+def normalised(gradient):
+    """The whole batch's gradient over its L1 norm."""
+    return gradient / gradient.abs().sum().clamp(min=1e-30)
+
+
+def perturb(model, x, target, eta, momentum, eps, alpha, mu, accumulate, normalised=normalised):
     """Inner maximisation: delta to train on, the next epoch's eta, the momentum, and the logits at x + eta.
 
     x + eta may leave [0, 1], as published: eta was clipped for another crop of the image.
@@ -51,7 +54,7 @@ def perturb(model, x, target, eta, momentum, eps, alpha, mu, accumulate):
     noisy = (x + eta).requires_grad_()
     logits = model(noisy)
     gradient, = torch.autograd.grad(F.cross_entropy(logits, target), noisy, retain_graph=True)
-    momentum = mu * momentum + (gradient.sign() if accumulate == "sign" else gradient / gradient.abs().sum().clamp(min=1e-30))
+    momentum = mu * momentum + (gradient.sign() if accumulate == "sign" else normalised(gradient))
     delta = inside_image(project(eta + alpha * gradient.sign(), eps), x)
     following = inside_image(project(eta + alpha * momentum.sign(), eps), x)
     return delta, following, momentum, logits
@@ -79,7 +82,8 @@ def main(cfg: Config) -> None:
         else:
             eta, momentum = project(prior[index], eps), momenta[index]  # a half-precision memory rounds
         delta, following, momentum, prior_logits = perturb(
-            run.model, x, target, eta, momentum, eps, alpha, cfg.mu, cfg.accumulate)
+            run.model, x, target, eta, momentum, eps, alpha, cfg.mu, cfg.accumulate,
+            lambda gradient: normalised(run.gathered(run.share * gradient))[run.positions])
         logits = run.model(x + delta)
         run.update(regularised_loss(logits, prior_logits, target, cfg.pgi_lambda, cfg.reduction), logits=logits)
         prior[index], momenta[index] = following, momentum

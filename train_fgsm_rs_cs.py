@@ -20,7 +20,7 @@ class Config(engine.Config):
     alpha: float | None = engine.step_size(1)
     label_factor: float = 0.4  # the benchmark smooths twice: 0.6 on the true class, and torch's smoothing 0.4 over that
     attack_factor: float = engine.flag(0.64, "label factor of the attack's loss (torch's smoothing 0.4)")
-    gamma: float = engine.flag(0.03, "how far the loss may stray from the last epoch's mean")
+    gamma: float = engine.flag(0.03, "how far the loss may stray from the last epoch's mean", at_least=0)
     cs_weight: float = engine.flag(1.0, "weight of the pull")
     stride: int = engine.flag(1, "epochs at both ends of the run in which nothing pulls")
 
@@ -45,14 +45,15 @@ def main(cfg: Config) -> None:
         noisy = x + inside_image(eps * run.uniform(x), x)
         delta = perturb(run.model, noisy, soft_labels(y, run.classes, cfg.attack_factor), alpha)
         logits = run.model(noisy + delta)
-        noisy_loss = F.cross_entropy(run.model(noisy), target)  # BatchNorm is in training mode in all three passes
+        noisy_logits = run.gathered(run.model(noisy))  # BatchNorm is in training mode in all three passes
+        noisy_loss = F.cross_entropy(noisy_logits, run.gathered(target))
         loss = F.cross_entropy(logits, target)
         if cfg.stride < run.epoch < cfg.epochs - cfg.stride:
             strays = (noisy_loss - level).detach()
             loss = loss + cfg.cs_weight * strays.sign() * (strays.abs() > cfg.gamma) * noisy_loss
         run.update(loss, logits=logits)
-        epoch_sum += noisy_loss.detach() * len(x)
-        seen += len(x)
+        epoch_sum += noisy_loss.detach() * len(noisy_logits)
+        seen += len(noisy_logits)
 
 
 if __name__ == "__main__":

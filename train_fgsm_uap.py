@@ -49,6 +49,7 @@ def main(cfg: Config) -> None:
         run.update(F.cross_entropy(logits, target) + cfg.uap_lambda * F.mse_loss(logits, prior_logits), logits=logits, leaf=noisy)
         if cfg.momentum_of == "both":
             gradient = gradient + noisy.grad
+        gradient = run.gathered(run.share * gradient)
         momentum.mul_(cfg.mu).add_(gradient.mean(0) / gradient.abs().sum())
         universal.copy_(project(universal + radius * momentum.sign(), radius))
 

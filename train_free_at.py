@@ -15,13 +15,11 @@ from utils import inside_image, project, soft_labels
 class Config(engine.Config):
     METHOD = "free-at"
 
-    replays: int = engine.flag(8, "how often each batch is used in a row, the paper's m (ImageNet: 4)")
+    replays: int = engine.flag(8, "how often each batch is used in a row, the paper's m (ImageNet: 4)", at_least=1)
     divide_epochs: bool = engine.flag(False, "train for epochs / m, rounded up, as Free-AT's authors do; the papers' tables do not divide")
 
     def check(self) -> None:
         super().check()
-        if self.replays < 1:
-            raise engine.Misuse(f"--replays {self.replays}: must be at least 1")
         if self.divide_epochs:
             self.epochs, self.divide_epochs = -(-self.epochs // self.replays), False
 

@@ -18,15 +18,10 @@ class Config(engine.Config):
     METHOD = "gairat"
 
     alpha: float | None = engine.step_size(1 / 4)
-    steps: int = engine.flag(10, "steps of the attack")
+    steps: int = engine.flag(10, "steps of the attack, half of which are the measure of the boundary", at_least=2)
     gair_lambda: float = engine.flag(-1.0, "shift of the weights: the lower, the less the images far from the boundary weigh")
     weights: Literal["tanh", "sigmoid", "discrete"] = engine.flag("tanh", "the weight as a function of the steps survived")
     begin: float = engine.flag(0.5, "images are weighted from the epoch on that ends at this part of the run (published: the 60th of 120)")
-
-    def check(self) -> None:
-        super().check()
-        if self.steps < 2:
-            raise engine.Misuse(f"--steps {self.steps}: must be at least 2, as half of them is the boundary's measure")
 
 
 def perturb(model, x, y, target, eta, eps, alpha, steps):
@@ -61,7 +56,7 @@ def main(cfg: Config) -> None:
         logits = run.model(x + delta)
         loss = F.cross_entropy(logits, target, reduction="none")
         if run.epoch + 1 >= cfg.begin * cfg.epochs:
-            loss = loss * instance_weights(kappa, cfg.steps, cfg.gair_lambda, cfg.weights)
+            loss = loss * instance_weights(run.gathered(kappa), cfg.steps, cfg.gair_lambda, cfg.weights)[run.positions]
         run.update(loss.mean(), logits=logits)
 
 

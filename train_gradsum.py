@@ -31,11 +31,14 @@ def perturb(model, x, target, eps, alpha):
     return inside_image(project(alpha * input_gradient(model, x, target).sign(), eps), x)
 
 
-def gradient_norm(model, x, target, eta):
-    """The L2 norm of the whole batch's gradient at x + eta, of the mean loss; x + eta may leave [0, 1], as published."""
+def gradient_norm(model, x, target, eta, whole=lambda gradient: gradient):
+    """The L2 norm of the whole batch's gradient at x + eta, of the mean loss; x + eta may leave [0, 1], as published.
+
+    `whole` makes the batch's gradient of this process's part.
+    """
     noisy = (x + eta).requires_grad_()
     gradient, = torch.autograd.grad(F.cross_entropy(model(noisy), target), noisy, create_graph=True)
-    return gradient.square().sum().sqrt()
+    return whole(gradient).square().sum().sqrt()
 
 
 def main(cfg: Config) -> None:
@@ -47,7 +50,7 @@ def main(cfg: Config) -> None:
         delta = perturb(run.model, x, target, eps, alpha)
         logits = run.model(x + delta)
         eta = (eps * run.uniform(x) * 255).round() / 255  # whole grey levels, as published
-        penalty = gradient_norm(run.model, x, target, eta)
+        penalty = gradient_norm(run.model, x, target, eta, whole=lambda gradient: run.gathered(run.share * gradient))
         run.update(F.cross_entropy(logits, target) + cfg.gradsum_lambda * penalty, logits=logits, max_norm=20)
 
 

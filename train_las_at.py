@@ -39,7 +39,7 @@ class Config(engine.Config):
     steps: str | None = engine.flag(None, "numbers of steps to choose from (default: published)")
     step_sizes: str | None = engine.flag(None, "step sizes to choose from, like the radii (default: published)")
     betas: str = engine.flag("5-9", "TRADES's betas to choose from")
-    interval: int | None = engine.flag(None, "updates of the classifier for one of the strategy network (default: published, 20 with pgd on CIFAR-10)")
+    interval: int | None = engine.flag(None, "updates of the classifier for one of the strategy network (default: published, 20 with pgd on CIFAR-10)", at_least=1)
     reward: Literal["accuracy", "cross-entropy"] = engine.flag("accuracy", "what rewards a strategy: accuracies after a step of training, as in the "
                                                                "published code, or minus the cross-entropies, as in the paper")
     robust: float | None = engine.flag(None, "weight of the robust reward (default: published, 4 with pgd; 1 with cross-entropies)")
@@ -47,7 +47,7 @@ class Config(engine.Config):
     strategy_lr: float = engine.flag(1e-4, "learning rate of the strategy network's SGD; with awp it follows the schedule")
     momentum: float | None = engine.flag(None, "its momentum; with one it has the weight decay 5e-4 too (default: published, 0 with pgd on CIFAR-10)")
     strategy_width: int | None = engine.flag(None, "width of the strategy network, a ResNet18 (default: 64; digits: a resnet8 of 16)")
-    gamma: float = engine.flag(0.01, "size of AWP's perturbation of the weights")
+    gamma: float = engine.flag(0.01, "size of AWP's perturbation of the weights", at_least=0)
 
     def check(self) -> None:
         published = dict(zip(SETTINGS, PUBLISHED.get((self.base, self.dataset), PUBLISHED[self.base, "cifar10"])))
@@ -62,8 +62,6 @@ class Config(engine.Config):
         super().check()
         for name in ("radii", "steps", "step_sizes", "betas"):
             self.options(name)
-        if self.interval < 1:
-            raise engine.Misuse(f"--interval {self.interval}: must be at least 1")
 
     def options(self, name: str) -> list[float]:
         """What there is to choose from; radii and step sizes as fractions of 1, in proportion to --epsilon."""
@@ -87,8 +85,8 @@ def perturb(model, x, y, eta, eps, alpha, steps, most_steps, loss):
     return delta
 
 
-def strongest(model, x, y, starts, eps, alpha, rests):
-    """PGD-10 with restarts; an image keeps the end of the highest loss, and where it `rests` it stays while it is misclassified."""
+def strongest(model, x, y, starts, eps, alpha, rests, whole=lambda moves: moves):
+    """PGD-10 with restarts, in training mode; an image keeps the end of the highest loss, and where it `rests` it stays while it is misclassified."""
     best, highest = torch.zeros_like(x), torch.zeros_like(x[:, 0, 0, 0])
     for start in starts:
         delta = inside_image(start, x)
@@ -96,7 +94,7 @@ def strongest(model, x, y, starts, eps, alpha, rests):
             noisy = (x + delta).requires_grad_()
             logits = model(noisy)
             moves = (logits.argmax(1) == y) | (not rests)
-            if not moves.any():
+            if not whole(moves).any():  # of the whole batch: every process makes the same passes
                 break
             gradient, = torch.autograd.grad(F.cross_entropy(logits, y), noisy)
             delta = torch.where(moves[:, None, None, None], inside_image(project(delta + alpha * gradient.sign(), eps), x), delta)
@@ -122,17 +120,17 @@ def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) 
             w.sub_(move)
 
 
-def descended(model, x, y, delta, beta, cfg, classes, lr):
-    """A copy of the classifier, one step of training further."""
+def descended(model, x, y, delta, beta, cfg, classes, lr, averaged=lambda gradients: gradients):
+    """A copy of the classifier, one step of training further. `averaged` is over the processes."""
     model = copy.deepcopy(model).train()
-    with perturbed_weights(model, lambda: F.cross_entropy(model(x + delta), y), cfg.gamma) if cfg.base == "awp" else nullcontext():
+    with perturbed_weights(model, lambda: F.cross_entropy(model(x + delta), y), cfg.gamma, averaged) if cfg.base == "awp" else nullcontext():
         if cfg.base == "trades":
             loss = F.cross_entropy(model(x), y) + (beta * divergence(model(x + delta), model(x))).mean()
         else:
             loss = F.cross_entropy(model(x + delta), soft_labels(y, classes, cfg.label_factor))
         parameters = list(model.parameters())
         with torch.no_grad():
-            for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+            for p, g in zip(parameters, averaged(torch.autograd.grad(loss, parameters, allow_unused=True))):
                 if g is not None:
                     p.sub_(lr * (g + cfg.weight_decay * p))
     return model
@@ -148,12 +146,13 @@ def main(cfg: Config) -> None:
     strategy_optimizer = torch.optim.SGD(strategy.parameters(), lr=cfg.strategy_lr, momentum=cfg.momentum, weight_decay=5e-4 if cfg.momentum else 0)
     run.keep(strategy=strategy, strategy_optimizer=strategy_optimizer)
 
+    @torch.no_grad()
     def attack(action):
         """delta and beta of the chosen strategies; the classifier's BatchNorm in evaluation mode."""
         radius, alpha, steps = (values[name][action[name]].view(-1, 1, 1, 1) for name in ("radii", "step_sizes", "steps"))
         with eval_mode(model):
             if cfg.base == "trades":
-                delta = perturb(model, x, model(x).detach(), 0.001 * run.normal(x), radius, alpha, steps, most_steps,
+                delta = perturb(model, x, model(x), 0.001 * run.normal(x), radius, alpha, steps, most_steps,
                                 lambda *logits: divergence(*logits).mean())
                 return delta, values["betas"][action["betas"]]
             start = inside_image(eps * run.uniform(x), x)  # in the ball of --epsilon, whatever radius was chosen
@@ -164,17 +163,18 @@ def main(cfg: Config) -> None:
             action, log_p = choose(strategy.train()(x), run.uniform)
             delta, beta = attack(action)
             with torch.no_grad(), eval_mode(model, enabled=cfg.base != "trades"):  # TRADES's in training mode, as published
+                labels = run.gathered(y)  # the reward is the global batch's
                 if cfg.base == "trades":
-                    clean_logits = model(x)
-                    found = (F.cross_entropy(clean_logits, y) + (beta * divergence(model(x + delta), clean_logits)).mean()).clamp(0, 20)
+                    clean_logits, logits = model(x), model(x + delta)
+                    found = (F.cross_entropy(run.gathered(clean_logits), labels) + run.gathered(beta * divergence(logits, clean_logits)).mean()).clamp(0, 20)
                 else:
-                    found = F.cross_entropy(model(x + delta), y).clamp(0, 10)
-            trained = descended(model, x, y, delta, beta, cfg, run.classes, run.lr)
-            robust = strongest(trained, x, y, [eps * run.uniform(x) for _ in range(2)], eps, eps / 4, rests=cfg.base != "awp")  # in training mode
+                    found = F.cross_entropy(run.gathered(model(x + delta)), labels).clamp(0, 10)
+            trained = descended(model, x, y, delta, beta, cfg, run.classes, run.lr, run.averaged)
+            robust = strongest(trained, x, y, [eps * run.uniform(x) for _ in range(2)], eps, eps / 4, cfg.base != "awp", run.gathered)
             with torch.no_grad(), eval_mode(trained):
                 for delta, weight in ((robust, cfg.robust), (0, cfg.clean)):
-                    logits = trained(x + delta)
-                    score = (logits.argmax(1) == y).float().mean() if cfg.reward == "accuracy" else -F.cross_entropy(logits, y)
+                    logits = run.gathered(trained(x + delta))
+                    score = (logits.argmax(1) == labels).float().mean() if cfg.reward == "accuracy" else -F.cross_entropy(logits, labels)
                     found = found + weight * score
             decays = sum(run.step // cfg.interval >= round(part * run.total) for part in cfg.DECAYS)  # of its own updates, as published
             strategy_optimizer.param_groups[0]["lr"] = cfg.strategy_lr * (run.lr / cfg.lr if cfg.base == "awp" else 0.1**decays)

@@ -5,6 +5,7 @@ docs/methods.md#lbgat.
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 
 import engine
@@ -17,8 +18,8 @@ class Config(engine.Config):
     METHOD = "lbgat"
 
     alpha: float | None = engine.step_size(1 / 4)
-    steps: int = engine.flag(10, "steps of the attack")
-    beta: float = engine.flag(0.0, "weight of TRADES's divergence: the papers' rows are 0 and 6")
+    steps: int = engine.flag(10, "steps of the attack", at_least=1)
+    beta: float = engine.flag(0.0, "weight of TRADES's divergence: the papers' rows are 0 and 6", at_least=0)
     teacher: str | None = engine.flag(None, "the clean network, a name from models (default: resnet18, and --arch itself for digits)")
 
     def check(self) -> None:
@@ -29,7 +30,9 @@ class Config(engine.Config):
 
 def perturb(model, x, eta, eps, alpha, steps):
     """Inner maximisation, TRADES's: climbs KL(p(x) || p(x + delta)) of the robust network."""
-    delta, clean_logits = eta, model(x).detach()
+    delta = eta
+    with torch.no_grad():
+        clean_logits = model(x)
     for _ in range(steps):
         gradient = input_gradient(model, x + delta, clean_logits, loss=lambda *logits: divergence(*logits).mean())
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)

@@ -21,14 +21,14 @@ class Config(engine.Config):
     label_factor: float = 0.4  # the benchmark's smoothing 0.6 on CIFAR-10 and Tiny ImageNet; it has 0.8 on CIFAR-100
     alpha: float | None = engine.step_size(1)
     liet_lambda: float = engine.flag(100.0, "weight of the divergence at the end of the run, up to which it grows epoch by epoch (CIFAR-100: 200)")
-    refresh: int = engine.flag(20, "batches after which the label information is computed anew, from the first of each epoch on")
+    refresh: int = engine.flag(20, "batches after which the label information is computed anew, from the first of each epoch on", at_least=1)
     least_noise: float = engine.flag(0.1, "smallest part of the pixels that start at noise instead")
     most_noise: float = engine.flag(0.5, "largest part")
 
     def check(self) -> None:
         super().check()
-        if self.refresh < 1 or not 0 <= self.least_noise <= self.most_noise <= 1:
-            raise engine.Misuse(f"--refresh {self.refresh} must be at least 1, and 0 <= --least-noise {self.least_noise} <= --most-noise {self.most_noise} <= 1")
+        if not 0 <= self.least_noise <= self.most_noise <= 1:
+            raise engine.Misuse(f"--least-noise {self.least_noise}, --most-noise {self.most_noise}: must lie in [0, 1], the least not above the most")
 
 
 def uneven_labels(y, factor, noise):

@@ -18,8 +18,8 @@ class Config(engine.Config):
     METHOD = "mart"
 
     alpha: float | None = engine.step_size(1 / 4)
-    steps: int = engine.flag(10, "steps of the attack")
-    beta: float = engine.flag(5.0, "weight of the divergence (published: 5 for ResNet18, 6 for WideResNet-34-10)")
+    steps: int = engine.flag(10, "steps of the attack", at_least=1)
+    beta: float = engine.flag(5.0, "weight of the divergence (published: 5 for ResNet18, 6 for WideResNet-34-10)", at_least=0)
 
 
 def perturb(model, x, target, eta, eps, alpha, steps):

@@ -17,12 +17,7 @@ class Config(engine.Config):
     METHOD = "n-fgsm"
 
     alpha: float | None = engine.step_size(1)
-    k: float = engine.flag(2.0, "the noise is uniform in k balls (CIFAR-10; 3 for SVHN at 12, 4 for WideResNet-28-10 at 16, 1 for ImageNet)")
-
-    def check(self) -> None:
-        super().check()
-        if self.k < 0:
-            raise engine.Misuse(f"--k {self.k}: must be at least 0")
+    k: float = engine.flag(2.0, "the noise is uniform in k balls (CIFAR-10; 3 for SVHN at 12, 4 for WideResNet-28-10 at 16, 1 for ImageNet)", at_least=0)
 
 
 def perturb(model, x, target, eta, alpha):

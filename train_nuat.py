@@ -45,9 +45,9 @@ def main(cfg: Config) -> None:
         guided = weight * (run.batch % 2)  # in every other batch the attack climbs the norm too
         with eval_mode(run.model):
             delta = perturb(run.model, x, target, eps / 2 * run.uniform(x).sign(), eps, alpha,
-                            lambda logits: guided * nuclear_norm(logits, clean_logits, cfg.batch_size))
+                            lambda logits: guided * nuclear_norm(run.gathered(logits), run.gathered(clean_logits), cfg.batch_size))
         logits, clean_logits = run.model(x + delta), run.model(x)
-        loss = F.cross_entropy(clean_logits, target) + weight * nuclear_norm(logits, clean_logits, cfg.batch_size)
+        loss = F.cross_entropy(clean_logits, target) + weight * nuclear_norm(run.gathered(logits), run.gathered(clean_logits), cfg.batch_size)
         run.update(loss, logits=logits)
 
 

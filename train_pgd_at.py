@@ -19,8 +19,8 @@ from utils import eval_mode, inside_image, project, soft_labels
 class Config(engine.Config):
     METHOD = "pgd-at"
 
-    steps: int = engine.flag(10, "steps of the attack")
-    alpha: float | None = engine.flag(None, "step size, in 255ths (default: epsilon / 4, and epsilon / 2 for 2 steps)")
+    steps: int = engine.flag(10, "steps of the attack", at_least=1)
+    alpha: float | None = engine.flag(None, "step size, in 255ths (default: epsilon / 4, and epsilon / 2 for 2 steps)", at_least=0)
     init: Literal["uniform", "zero"] = engine.flag("uniform", "where the attack starts: uniform noise in the ball, or zero")
     attack_bn: Literal["train", "eval"] = engine.flag("train", "BatchNorm's mode during the attack")
 

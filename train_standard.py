@@ -4,6 +4,7 @@ The other methods' recipe without their inner maximisation, as the robust-overfi
 ICML 2020) has it. docs/methods.md#standard-training.
 """
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 
@@ -13,6 +14,7 @@ from utils import soft_labels
 
 @dataclass
 class Config(engine.Config):
+    co_guard: Literal["off", "warn", "stop", "rollback"] = "off"  # there is no robustness that could be lost
     METHOD = "standard"
 
 

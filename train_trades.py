@@ -5,6 +5,7 @@ docs/methods.md#trades.
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 
 import engine
@@ -17,13 +18,15 @@ class Config(engine.Config):
     METHOD = "trades"
 
     alpha: float | None = engine.step_size(1 / 4)
-    steps: int = engine.flag(10, "steps of the attack")
-    beta: float = engine.flag(6.0, "weight of the divergence")
+    steps: int = engine.flag(10, "steps of the attack", at_least=1)
+    beta: float = engine.flag(6.0, "weight of the divergence", at_least=0)
 
 
 def perturb(model, x, eta, eps, alpha, steps):
     """Inner maximisation: climbs KL(p(x) || p(x + delta)); labels play no part."""
-    delta, clean_logits = eta, model(x).detach()
+    delta = eta
+    with torch.no_grad():
+        clean_logits = model(x)
     for _ in range(steps):
         gradient = input_gradient(model, x + delta, clean_logits, loss=lambda *logits: divergence(*logits).mean())
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)

@@ -2,39 +2,44 @@
 from __future__ import annotations
 
 import fcntl
-import os
+import zipfile
 from pathlib import Path
 from typing import Any, IO
 
 import torch
 from torch import Tensor, nn
 
+from engine import record
 from engine.errors import Misuse
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Writes tensors, numbers, strings, lists and dicts so that `path` holds either the old content or the new."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with record.replacing(path) as file:
+        torch.save(content, file)
+
+
+def load(path: Path) -> Any:
+    """What `save` wrote, on the CPU; nothing in the file is executed, and what was altered since is noticed.
+
+    Raises:
+        Exception: of many kinds, for a damaged file.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every entry and never looks at it again
+        if altered := archive.testzip():
+            raise ValueError(f"the checksum of {altered} does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU; nothing in the file is executed.
+    """A run's state.
 
     Raises:
         Misuse: the file is damaged or something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
+        state = load(path)
+    except Exception as error:
         raise Misuse(f"{path} is damaged or not a run's state ({type(error).__name__}): start again with --resume never, or in another --out-dir") from error
     if not isinstance(state, dict) or "position" not in state:
         raise Misuse(f"{path} is not a run's state: start again with --resume never, or in another --out-dir")

@@ -36,9 +36,13 @@ N-FGSM, which also let the radius grow over the first five epochs. LAS-AT has re
 def flag(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field whose `text` is the flag's help.
 
-    `times_epsilon=m` in `extra` makes a step size that is m times --epsilon unless it is given.
+    Of `extra`, `at_least=n` is the smallest number allowed, and `times_epsilon=m` makes a step size that is m times --epsilon
+    unless it is given.
     """
     return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+MOST = 100_000  # numbers in one flag
 
 
 def numbers(name: str, text: str) -> list[float]:
@@ -49,22 +53,22 @@ def numbers(name: str, text: str) -> list[float]:
     """
     try:
         ends = re.fullmatch(r"(\d+)-(\d+)", text)
-        found = list(range(int(ends[1]), int(ends[2]) + 1)) if ends else [float(number) for number in text.split(",")]
-        if found and all(0 <= number < math.inf for number in found):
+        found = list(range(int(ends[1]), int(ends[2]) + 1)[:MOST + 1]) if ends else [float(number) for number in text.split(",")]
+        if 0 < len(found) <= MOST and all(0 <= number < 2**63 for number in found):
             return found
     except ValueError:
         pass
     raise Misuse(f"{name} {text}: must be numbers that are not negative, as 2,4,8 or 3-5")
 
 
-def by_dataset(text: str) -> Any:
+def by_dataset(text: str, **extra: Any) -> Any:
     """A flag whose default is the data set's entry in `RECIPES`."""
-    return flag(None, text, by_dataset=True)
+    return flag(None, text, by_dataset=True, **extra)
 
 
 def step_size(multiple: float) -> Any:
     """A step size in 255ths that follows --epsilon."""
-    return flag(None, "step size, in 255ths", times_epsilon=multiple)
+    return flag(None, "step size, in 255ths", times_epsilon=multiple, at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -74,40 +78,46 @@ class Config:
     dataset: Literal["digits", "cifar10", "cifar100", "svhn", "gtsrb", "tiny-imagenet", "imagenet"] = flag("cifar10", "data set")
     data_dir: str = flag("data/", "where data sets lie, and are downloaded to")
     arch: str | None = by_dataset("network, a name from models")
-    width: int | None = flag(None, "base width of the network; default: the architecture's own")
+    width: int | None = flag(None, "base width of the network; default: the architecture's own", at_least=1)
     normalise: Literal["none", "dataset"] = flag("none", "first layer of the network: none, as in the papers, or the data set's mean and deviation")
-    epochs: int | None = by_dataset("passes over the training images")
-    batch_size: int | None = by_dataset("images per update, over all processes together")
-    lr: float | None = by_dataset("learning rate, its peak where the schedule has one; cyclic: the papers' 0.2, or the method's own")
+    epochs: int | None = by_dataset("passes over the training images", at_least=1)
+    batch_size: int | None = by_dataset("images per update, over all processes together", at_least=1)
+    lr: float | None = by_dataset("learning rate, its peak where the schedule has one; cyclic: the papers' 0.2, or the method's own", at_least=0)
     lr_schedule: Literal["multistep", "cyclic", "onecycle", "constant"] | None = by_dataset("how the learning rate moves; cyclic and onecycle move the momentum too")
     milestones: str | None = flag(None, "epochs after which multistep divides the rate by 10, as 100,105; default: at 100/110 and 105/110 of the run, "
                                   "imagenet at thirds of it, LAS-AT at parts of its own")
     cyclic_top: float = flag(0.5, "the part of the run at which cyclic has its peak (GradAlign's own code: 0.4)")
     cycle_momentum: bool = flag(True, "let a schedule that moves the momentum do so (the papers' scripts do)")
-    weight_decay: float | None = by_dataset("on all parameters")
-    epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths")
+    weight_decay: float | None = by_dataset("on all parameters", at_least=0)
+    epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths", at_least=0)
     label_factor: float = flag(1.0, "probability kept on the true class, the rest is spread evenly over the others")
     ema: float = flag(0.0, "decay of a weight average that is evaluated beside the weights (FastAT Benchmark: 0.9995); 0: none")
     augment: Literal["crop", "none"] = flag("crop", "random shift (imagenet: crop and size), and flip where the data set has mirror images")
     padding: Literal["zero", "reflect"] = flag("zero", "what a random shift brings in at the border")
-    image_size: int | None = by_dataset("side of a crop, where images are streamed; the other sets have their own size")
-    workers: int | None = flag(None, "processes that read and decode streamed images; default: one for each core that this process has, up to 16")
+    image_size: int | None = by_dataset("side of a crop, where images are streamed; the other sets have their own size", at_least=8)
+    workers: int | None = flag(None, "processes that read and decode streamed images; default: one for each core that this process has, up to 16", at_least=0)
     decode: Literal["cpu", "gpu"] = flag("cpu", "where streamed JPEGs are decoded; gpu is experimental, and has never been run on a GPU so far")
     skip_damaged: bool = flag(False, "look through all files of streamed images first, and leave out those that cannot be decoded")
-    train_size: int | None = flag(None, "use the first N training images; default: all that are not held out")
-    val_size: int | None = by_dataset("training images held out, from the end")
+    train_size: int | None = flag(None, "use the first N training images; default: all that are not held out", at_least=1)
+    val_size: int | None = by_dataset("training images held out, from the end", at_least=0)
     select_on: Literal["val", "test"] = flag("val", "what picks best.pth; the published tables pick on the test set (with --val-size 0)")
     measure: str = flag("clean,fgsm,pgd10", "accuracies measured on those images after every epoch; pgd10 picks best.pth")
-    measure_train: int = flag(0, "measure so many training images too, without augmentation")
-    seed: int = flag(0, "of weights, order, augmentation and noise")
+    measure_train: int = flag(0, "measure so many training images too, without augmentation", at_least=0)
+    seed: int = flag(0, "of weights, order, augmentation and noise", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it; evaluation is always fp32")
     compile: bool = flag(False, "compile the network with torch.compile")
+    batchnorm: Literal["process", "global"] = flag("process", "whose images BatchNorm averages over in training, with several processes: its own process's, "
+                                                   "or the global batch's, with which the run computes what one process does, more slowly")
+    co_guard: Literal["off", "warn", "stop", "rollback"] = flag("warn", "when accuracy under PGD-10 on the held-out images collapses while that under "
+        "FGSM does not (catastrophic overfitting): say so; save and stop; or go back to the last healthy epoch and add noise to the images")
+    on_nonfinite: Literal["stop", "skip"] = flag("stop", "an update whose loss or gradient is not finite ends the run, or is left out and counted, "
+        "up to 1 % of an epoch's")
     deterministic: bool = flag(False, "deterministic kernels only, so that a resumed GPU run is bitwise the same")
     out_dir: str | None = flag(None, "where the run's files go; default: output/<method>-<dataset>-seed<seed>")
     resume: Literal["auto", "never", "must"] = flag("auto", "continue a run found in --out-dir")
-    save_every: float = flag(5.0, "minutes between saves inside an epoch; every epoch's end is saved too")
-    time_limit: float | None = flag(None, "minutes after which the run saves itself and exits")
+    save_every: float = flag(5.0, "minutes between saves inside an epoch; every epoch's end is saved too", at_least=0)
+    time_limit: float | None = flag(None, "minutes after which the run saves itself and exits", at_least=0)
     snapshots: str | None = flag(None, "epochs, as 1,5,10, after which state.pth is also kept as state-<epoch>.pth")
     tensorboard: bool = flag(False, "also write TensorBoard event files (needs the tensorboard package)")
 
@@ -148,13 +158,12 @@ class Config:
 
     def check(self) -> None:
         """Raises Misuse for the first value that is not allowed. A script with bounds of its own extends it."""
-        at_least = {"epochs": 1, "batch_size": 1, "width": 1, "train_size": 1, "val_size": 0, "weight_decay": 0,
-                    "lr": 0, "epsilon": 0, "alpha": 0, "seed": 0, "save_every": 0, "time_limit": 0, "image_size": 8, "workers": 0, "measure_train": 0,
-                    "steps": 1, "beta": 0, "gamma": 0}
-        for name, low in at_least.items():
-            value = getattr(self, name, None)
-            if isinstance(value, int | float) and not value >= low:
-                raise Misuse(f"{spelled(name)} {value}: must be at least {low}")
+        for field in dataclasses.fields(self):
+            value, low = getattr(self, field.name), _metadata(type(self), field).get("at_least")
+            if isinstance(value, int | float) and not abs(value) < (2**63 if isinstance(value, int) else math.inf):
+                raise Misuse(f"{spelled(field.name)} {value}: must be finite, and an integer below 2^63")
+            if low is not None and value is not None and not value >= low:
+                raise Misuse(f"{spelled(field.name)} {value}: must be at least {low}")
         for name, (low, high) in {"label_factor": (0, 1), "ema": (0, 1), "epsilon": (0, 255)}.items():
             if not low <= getattr(self, name) <= high:
                 raise Misuse(f"{spelled(name)} {getattr(self, name)}: must lie in [{low}, {high}]")
@@ -171,6 +180,8 @@ class Config:
             raise Misuse(f"--cyclic-top {self.cyclic_top}: must lie between 0 and 1")
         if "pgd10" not in self.measure.split(","):
             raise Misuse(f"--measure {self.measure}: must hold pgd10, which picks best.pth")
+        if self.co_guard in ("stop", "rollback") and "fgsm" not in self.measure.split(","):
+            raise Misuse(f"--measure {self.measure}: must hold fgsm for --co-guard {self.co_guard}, which compares it with pgd10; or give --co-guard off")
         if self.select_on == "val" and self.val_size == 0:
             raise Misuse("--val-size 0: with --select-on val some training images must be held out; "
                          "give a size, or --select-on test")

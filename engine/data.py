@@ -5,8 +5,6 @@ processes, or of how often the run was interrupted.
 """
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +139,9 @@ def _checked(path: Path, name: str, classes: int | None, **more: Any) -> Dataset
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except KeyError as error:
         raise Misuse(f"{path} has no array {error}: a data set holds x_train, y_train, x_test, y_test; {remedy}") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, io.UnsupportedOperation) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise Misuse(f"{path} is damaged ({error}): {remedy}") from error
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]

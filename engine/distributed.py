@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ def start(device: torch.device) -> torch.device:
 def leaving() -> Iterator[None]:
     """At its end the process group that `start` joined is left, and a process that is no longer needed ends at once.
 
+    One that cannot go on because another one ended says so in one sentence.
+
     Tearing the interpreter down would take longer, and gloo's threads outlive the group by a moment: one that wants the
     interpreter just then aborts the process (in one of several hundred runs, after all was done).
     """
@@ -36,6 +40,12 @@ def leaving() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         status = end.code or 0
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        print(f"error: process {rank()} of {world()} has lost another one, whose own message or torchrun's below says why", file=sys.stderr, flush=True)
+        time.sleep(1)  # torchrun calls the process that ended first the cause
+        status = 1
     finally:
         joined = dist.is_initialized()
         if joined:
@@ -72,14 +82,46 @@ def sum_(tensors: list[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum of all processes' tensors, with derivatives of every order.
+
+    Each process's loss is a mean over its own images, and what is minimised is the mean of these losses, each weighing its
+    process's `share` of the batch. A gradient in a process's graph is that of this mean divided by its share: here, where the
+    graphs meet, it is multiplied by one share and divided by the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, share: float | Tensor) -> Tensor:
+        ctx.share = share
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient * ctx.share, ctx.share) / ctx.share, None
+
+
+NO_SHARE = 1e-20  # of a process without images: its graphs are empty, but 0 / 0 in them would reach the others
+
+
+def summed(part: Tensor, share: float | Tensor) -> Tensor:
+    """The sum over the processes, of which gradients may be taken, also twice.
+
+    Args:
+        part: this process's summand, of the same shape everywhere.
+        share: what part of the batch's images this process has.
+    """
+    return _Sum.apply(part, share) if dist.is_initialized() else part
+
+
 def gathered(part: Tensor, n: int) -> Tensor:
-    """All processes' parts of n items, put together in order: `part` is items[shard(n)] here."""
+    """All processes' parts of n items, put together in order: `part` is items[shard(n)] here. Differentiable like `summed`."""
     if not dist.is_initialized():
         return part
-    whole = part.new_zeros((n, *part.shape[1:]))
+    whole = part.new_zeros((n, *part.shape[1:]), dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)  # gloo sums no bool
     whole[shard(n)] = part
-    dist.all_reduce(whole)
-    return whole
+    return summed(whole, len(part) / n or NO_SHARE).to(part.dtype)
 
 
 def most(value: int, device: torch.device) -> int:

@@ -28,17 +28,25 @@ def one_sentence() -> Iterator[None]:
         stop(str(error), 1)
     except torch.OutOfMemoryError:
         stop("out of memory on the GPU: choose a smaller --batch-size", 1)
+    except MemoryError:
+        stop("out of memory: choose a smaller --train-size or --batch-size", 1)
     except (OSError, RuntimeError, EOFError) as error:  # torch reports a full disk as a RuntimeError of its writer
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "PytorchStreamWriter" in str(error)
         if full:
             stop("no room left on the disk: free some, or choose another --out-dir; the last complete save is intact", 1)
         if isinstance(error, OSError) and error.filename is not None:
-            stop(f"{error.filename}: {error.strerror}", 1)
+            closed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            stop(f"{error.filename}: {error.strerror}" + "; change its permissions, or choose another directory" * closed, 1)
         if "DefaultCPUAllocator" in str(error):
             stop("out of memory: choose a smaller --batch-size", 1)
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):  # whichever of torch's two ends notices
             stop("a process that reads images was killed, most likely for want of memory or of shared memory (/dev/shm): choose fewer --workers", 1)
         raise
+    except ValueError as error:  # torch's, of a batch with one image where a network has come down to one pixel
+        if "more than 1 value per channel" not in str(error):
+            raise
+        stop("a batch of one image cannot train this network, whose BatchNorm then sees a single value: choose a --batch-size "
+             "that leaves no last batch of one, another --train-size, or another --arch", 2)
     except KeyboardInterrupt:
         stop("interrupted; run the same command again to continue from the last save", 130)
 

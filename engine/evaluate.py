@@ -136,12 +136,12 @@ def _load_attacks(path: Path, identity: str, log: Callable[[str], None]) -> dict
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.load(path)
         if state["identity"] == identity:
             log(f"continuing from {path}: {', '.join(state['standing'])} done")
             return state
         log(f"{path} belongs to another evaluation; starting anew")
-    except Exception:  # torch raises many kinds for a damaged file
+    except Exception:
         log(f"{path} is damaged; starting anew")
     return None
 
@@ -158,25 +158,6 @@ def columns_named(text: str) -> tuple[str, ...]:
             raise Misuse(f"{name!r} is no column of the evaluation: allowed are {', '.join(COLUMNS)}, and pgdN for any N")
     order = [*COLUMNS[:2], *sorted({n for n in names if n.startswith("pgd")}, key=lambda n: int(n[3:])), *COLUMNS[5:]]
     return tuple(name for name in order if name in names)
-
-
-def warnings(found: dict[str, Tensor], classes: int, total: int) -> list[str]:
-    """Why the numbers are not to be trusted as they stand, a sentence each; each threshold exceeds the error of n."""
-    accuracy = {column: standing.float().mean().item() * 100 for column, standing in found.items()}
-    n = len(next(iter(found.values())))
-    noise = 196 / n ** 0.5  # twice the largest standard error of a difference of paired verdicts, in points
-    said = []
-    if n < total:
-        said.append(f"measured on the first {n} of {total} images: not comparable with a figure on all of them")
-    if accuracy.get("clean", 100) < 100 / classes + noise:
-        said.append(f"clean accuracy {accuracy['clean']:.1f} % is near chance: wrong weights, architecture or normalisation?")
-    if "fgsm" in accuracy and "pgd10" in accuracy and accuracy["fgsm"] > 2 * accuracy["pgd10"] + noise + 5:
-        said.append(f"FGSM {accuracy['fgsm']:.1f} % against PGD-10 {accuracy['pgd10']:.1f} %: catastrophic overfitting or masked gradients")
-    if "pgd50" in accuracy and "fgsm" in accuracy and accuracy["pgd50"] > accuracy["fgsm"] + noise:
-        said.append("PGD-50 is weaker than FGSM: gradients are masked")
-    if "aa" in accuracy and "pgd50" in accuracy and accuracy["pgd50"] - accuracy["aa"] > 8 + noise:
-        said.append(f"AutoAttack is {accuracy['pgd50'] - accuracy['aa']:.1f} points below PGD-50: PGD misleads on this model")
-    return said
 
 
 def check_finite(model: nn.Module, x: Tensor) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from engine import checkpoint, data, distributed, evaluate, record
+from engine import batchnorm, checkpoint, data, distributed, evaluate, record
 from engine.config import Config, numbers
 from engine.errors import Failure, Misuse
+from engine.guard import GOOD, Finite, Guard
 from engine.memory import Memory
 
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots"}
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
 """The flags that a resumed run may be given anew."""
 
 
@@ -65,6 +67,9 @@ class Run:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = self._find_saved()
+        if distributed.most(int(self._saved is not None), self.device) and self._saved is None:
+            raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
+                          "--out-dir must lie where all machines see it")
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
             torch.use_deterministic_algorithms(True)
@@ -91,7 +96,8 @@ class Run:
         self._kept: dict[str, Any] = {}
         self._generator = torch.Generator(self.device)
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device)
+        self._guard = Guard(cfg.co_guard, self._columns)
         self._deferred = self.device.type == "cuda"  # whether reading a number would make the device wait
         self._history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {}
@@ -127,12 +133,17 @@ class Run:
     def keep(self, **objects: Any) -> None:
         """Networks, optimizers and tensors that outlive a batch: moved to the device, saved, and restored by `batches`.
 
+        Networks and tensors begin as those of the first process, and the networks' BatchNorm is as --batchnorm says.
         A tensor must already lie on `run.device` and be updated in place; one that the script rebinds, so that the
         engine would save a forgotten copy, ends the run at the next save.
         """
         for name, kept in objects.items():
             if isinstance(kept, nn.Module):
                 kept.to(self.device, memory_format=torch.channels_last)
+                if self.cfg.batchnorm == "global" and distributed.world() > 1:
+                    batchnorm.make_global(kept)
+            if isinstance(kept, nn.Module | Tensor):
+                distributed.copy_from_first(list(kept.state_dict().values()) if isinstance(kept, nn.Module) else [kept])
             self._kept[name] = kept
 
     def classifier(self, arch: str | None = None) -> Classifier:
@@ -162,6 +173,23 @@ class Run:
         return memory
 
     @property
+    def share(self) -> float:
+        """This process's part of the global batch's images, in [0, 1]; 1 on one process.
+
+        A gradient of the mean loss over this process's images times this is that of the mean over the global batch.
+        """
+        return len(self._labels) / self._global_batch
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """(B, ...) of this process's images to that of the global batch's, on every process; `part` itself on one process.
+
+        For what couples the images of a batch: a norm over it, a normalisation, a reward. What is made of it is the same on all
+        processes, and may stand in the loss: gradients flow, also twice. Every process must call it, in the same order. Its own
+        images are at `positions`.
+        """
+        return distributed.gathered(part, self._global_batch)
+
+    @property
     def positions(self) -> Tensor:
         """Where this process's images stand in the global batch, (B,)."""
         part = distributed.shard(self._global_batch)
@@ -179,14 +207,17 @@ class Run:
         self._deadline = float("inf") if limit is None else self._began + 60 * limit
         self._last_save = time.perf_counter()
         self._buffers = [buffer for kept in self._kept.values() if isinstance(kept, nn.Module) for buffer in kept.buffers()]
+        self._finite.watch([buffer for name, kept in self._kept.items() if isinstance(kept, nn.Module) and name != "average" for buffer in kept.buffers()])
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask_to_stop) if main_thread else None
         try:
             if self.epoch < self.cfg.epochs or not (self.out_dir / "result.json").is_file():
                 self._write_config(fresh)
+                self._guard.begin(self, fresh)
                 while self.epoch < self.cfg.epochs:
                     yield from self._epoch()
-                    self._end_of_epoch()
+                    if self.batch == len(self._data):  # not where the guard put the run back
+                        self._end_of_epoch()
                 self._finish()
         finally:
             if main_thread:
@@ -222,7 +253,7 @@ class Run:
         self.averaged([*gradients, value])
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        undo = self._watch(value, parameters, optimizer)
+        made, undo = self._watch(value, parameters, optimizer)
         if main:
             rates = self._schedule(self.step, self.total, self._updates_per_epoch)
             for group in optimizer.param_groups:
@@ -236,12 +267,12 @@ class Run:
         self.step += 1
         if self.average is not None:
             self._average()
-        self._sums["loss"] += value * self._global_batch
-        self._sums["seen"] += self._global_batch
+        self._sums["loss"] += torch.where(made, value, 0.0) * self._global_batch
+        self._sums["seen"] += made * self._global_batch
         if logits is not None:
             correct = (logits.detach().argmax(1) == self._labels).sum().double()
             distributed.sum_([correct])
-            self._sums["correct"] += correct
+            self._sums["correct"] += made * correct
 
     def uniform(self, x: Tensor) -> Tensor:
         """Noise U(-1, 1) like x (B, ...): a function of (seed, batch of the run, position in the global batch)."""
@@ -254,7 +285,7 @@ class Run:
     def averaged(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Gradients of this process's mean loss, in place turned into those of the global batch's; the same on one process."""
         if distributed.world() > 1:
-            share = len(self._labels) / self._global_batch
+            share = self.share
             present = [gradient for gradient in gradients if gradient is not None]
             for gradient in present:
                 gradient.mul_(share) if share else gradient.zero_()  # the mean over no images is nan
@@ -276,9 +307,15 @@ class Run:
             self._labels = y
             self._global_batch = min(self.cfg.batch_size, self._data.n - self.batch * self.cfg.batch_size)
             data.noise_generator(self._generator, self.cfg.seed, self.epoch * len(self._data) + self.batch)
-            yield x, y, index
+            yield self._guard.noised(self, x), y, index
             self.batch += 1
             bar.update()
+            if self._guard.due(self):
+                self._seconds["training"] += self._clock() - began
+                if self._guard.look(self):
+                    bar.close()
+                    return
+                began = time.perf_counter()
             if self.batch < len(self._data) and (wanted := self._wanted()):
                 self._seconds["training"] += self._clock() - began
                 self._save()
@@ -302,10 +339,13 @@ class Run:
         trained = self._seconds["training"]
         row: dict[str, Any] = {
             "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "momentum": self.optimizer.param_groups[0]["momentum"],
-            "loss": sums["loss"] / sums["seen"], "train_accuracy": 100 * sums["correct"] / sums["seen"],
+            "loss": sums["loss"] / (sums["seen"] or math.nan), "train_accuracy": 100 * sums["correct"] / (sums["seen"] or math.nan),
             "images_per_second": self._data.n / (trained - (self._history[-1]["seconds"] if self._history else 0.0)), "seconds": trained,
         }
         row.update(self._evaluate(self.network))
+        row["skipped_updates"] = int(self._finite.skipped)
+        if self._guard.epoch_ended(self, row):
+            return
         row["weights"] = "raw"
         if self.average is not None:
             averaged = self._evaluate(self.average)
@@ -318,7 +358,7 @@ class Run:
             self._best = {"score": score, "epoch": row["epoch"], "weights": row["weights"]}
         self._report(row, better)
         self.batch, self.epoch = 0, self.epoch + 1
-        for value in self._sums.values():
+        for value in (*self._sums.values(), self._finite.skipped):
             value.zero_()
         if distributed.rank() == 0:
             last = "ema" if self.average is not None else "raw"
@@ -345,6 +385,8 @@ class Run:
                 "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self._precision),
                 "processes": distributed.world(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
                 "images_per_second": self._data.n * self.cfg.epochs / self._seconds["training"], "updates": self.step,
+                "alarms": self._guard.alarms, "rollbacks": self._guard.rollbacks,
+                "skipped_updates": sum(row.get("skipped_updates", 0) for row in self._history),
                 "evaluation": {"seed": self.cfg.seed, "batch_size": self._evaluation_batch, "pgd_alpha": self.cfg.epsilon / 4},
                 "checkpoints": {"best": at(self._best["epoch"], self._best["weights"]), "last": at(self.cfg.epochs, last)},
             }, self.out_dir / "result.json")
@@ -393,9 +435,7 @@ class Run:
                                    normalise=statistics, image_size=self.dataset.image_size)
         except ValueError as error:
             raise Misuse(f"--arch {arch}: {error}") from error
-        network = network.to(self.device, memory_format=torch.channels_last)
-        distributed.copy_from_first(list(network.state_dict().values()))
-        return network
+        return network.to(self.device, memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.dtype | None:
         capable = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -409,36 +449,46 @@ class Run:
         noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return fill(noise)[distributed.shard(self._global_batch)]
 
-    def _watch(self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def _watch(self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> tuple[Tensor, Callable[[], None]]:
         """Keeps a loss or a gradient that is not finite away from the weights, without making a GPU wait for the answer.
 
         Returns:
-            What is to be called after the optimizer's step.
+            Whether the update is to be made, () bool, and what is to be called after the optimizer's step.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        made = self._finite.admit(finite, self.step)
         if not self._deferred:
-            if not finite:
-                self._bad_step.fill_(self.step)
-                self._read()
-            return lambda: None
-        self._bad_step.copy_(torch.where(finite | (self._bad_step >= 0), self._bad_step, self.step))
-        good = self._bad_step < 0
+            self._read()
+            if made:
+                return made, lambda: self._finite.repair(made)
         if optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~good).float()  # a fused optimizer then leaves out its step
-            return lambda: None
+            new = [parameter for parameter in parameters if parameter not in optimizer.state]
+            optimizer.found_inf = (~made).float()  # a fused optimizer then leaves out its step
+
+            def undo() -> None:
+                del optimizer.found_inf
+                for parameter in new if self._finite.skips else ():  # a step left out makes SGD's buffers without filling them
+                    for value in optimizer.state[parameter].values():
+                        if isinstance(value, Tensor):
+                            value.copy_(torch.where(made, value, 0))
+                self._finite.repair(made)
+            return made, undo
         before = [parameter.detach().clone() for parameter in parameters]
+        for gradient in gradients if self._finite.skips else ():
+            gradient.copy_(torch.where(made, gradient, 0))  # what the optimizer remembers only fades
 
         def undo() -> None:
             with torch.no_grad():
                 for parameter, value in zip(parameters, before):
-                    parameter.copy_(torch.where(good, parameter, value))
-        return undo
+                    parameter.copy_(torch.where(made, parameter, value))
+            self._finite.repair(made)
+        return made, undo
 
     def _read(self) -> None:
-        if (step := int(self._bad_step)) >= 0:
-            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {self.epoch + 1}); the weights were left as they were, "
-                          f"and {self.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
+        if (step := int(self._finite.fatal)) >= 0:
+            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {self.epoch + 1}){self._finite.reason}; the weights were left "
+                          f"as they were, and {self.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
 
     def _average(self) -> None:
         """Exponential moving average of every entry of the state, BatchNorm's too, as the FastAT Benchmark has it."""
@@ -497,6 +547,7 @@ class Run:
                 "kept": {name: checkpoint.state_of(kept) for name, kept in self._kept.items()},
                 "sums": self._sums, "history": self._history, "best": self._best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
+                "guard": self._guard.state(), "finite": self._finite.state(),
                 "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
             }
             if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("--snapshots", self.cfg.snapshots):
@@ -505,6 +556,7 @@ class Run:
         distributed.wait()
         self._last_save = time.perf_counter()
         self._seconds["saving"] += self._last_save - began
+        self._guard.saved(self)
 
     def _check_kept(self) -> None:
         """A script that wrote `memory = memory + ...` left the engine with the old tensor, which nobody else holds."""
@@ -522,6 +574,8 @@ class Run:
         if cfg.resume == "never" or not path.is_file():
             return None
         saved = checkpoint.load_state(path)
+        if missing := {"kept", "sums", "history", "best", "seconds", "rng", "rng_cuda", "guard", "finite", "config"} - saved.keys():
+            raise Misuse(f"{path} has no {', '.join(sorted(missing))}: it is another version's; start again with --resume never, or in another --out-dir")
         wanted = {"method": cfg.METHOD, **dataclasses.asdict(cfg)}
         for name in [*wanted, *(saved["config"].keys() - wanted.keys())]:
             if name not in MAY_CHANGE and saved["config"].get(name) != wanted.get(name):
@@ -532,7 +586,7 @@ class Run:
     def _write_config(self, fresh: bool) -> None:
         """config.json; and what another run left here goes before a new one begins."""
         if distributed.rank() == 0:
-            for name in ("state.pth", "result.json", "log.jsonl", "best.pth", "last.pth") if fresh else ():
+            for name in ("state.pth", "result.json", "log.jsonl", "best.pth", "last.pth", GOOD) if fresh else ():
                 (self.out_dir / name).unlink(missing_ok=True)
             record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")
 
@@ -550,6 +604,8 @@ class Run:
         self._history, self._best, self._seconds = saved["history"], saved["best"], saved["seconds"]
         for name, value in self._sums.items():
             value.copy_(saved["sums"][name])
+        self._guard.load(saved["guard"])
+        self._finite.load(saved["finite"])
         torch.set_rng_state(saved["rng"])
         if saved["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng_cuda"], self.device)

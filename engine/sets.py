@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine import images
+from engine import images, record
 from engine.errors import Failure, Misuse
 
 Arrays = dict[str, np.ndarray]
@@ -34,12 +34,8 @@ def make(name: str, path: Path) -> None:
         Failure: the download did not work, or an image is damaged.
     """
     arrays = tiny_imagenet(path.parent) if name == "tiny-imagenet" else downloaded(name, path)
-    unfinished = path.with_suffix(".part.npz")
-    try:
-        np.savez(unfinished, **arrays)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with record.replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def shuffled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

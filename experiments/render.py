@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from engine.errors import Failure, one_sentence
-from experiments import show
+from experiments import detector, show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +45,8 @@ def demo(*names: str) -> str:
     return (f"{show.table(runs, markdown=True)}\n\n"
             f"Accuracy in percent on {facts[0]['n']} test images at epsilon {facts[0]['epsilon']:g}/255, {facts[0]['epochs']} epochs, "
             f"{count}, {spread}; {' and '.join(on['device'])}, torch {' and '.join(on['torch'])}, "
-            f"commit{'s' if len(on['commit']) > 1 else ''} {', '.join(on['commit'])}.")
+            f"commit{'s' if len(on['commit']) > 1 else ''} {', '.join(on['commit'])}."
+            + ("" if all(fact["card"] for fact in facts) else " Evaluated before there were claim cards."))
 
 
 def gaps(name: str) -> str:
@@ -80,6 +81,20 @@ def fidelity() -> str:
     return "\n".join(lines) + f"\n\nLargest relative difference over all steps. {'; '.join(sources)}; torch {report['torch']}, float64, CPU."
 
 
+def processes() -> str:
+    """How far two processes end from one, in Markdown: a row per method."""
+    path = ROOT / "results" / "processes" / "equality.json"
+    if not path.is_file():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    if report["dirty"]:
+        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+    rows = [f"| {label} | {run['updates']} | " + ", ".join(f"{name} {value:.0e}" if value else f"{name} 0" for name, value in run["kept"].items()) + f" | {run['log']:.0e} |"
+            for label, run in report["runs"].items()]
+    return ("| run | updates | what is kept | log |\n| --- | ---: | --- | ---: |\n" + "\n".join(rows)
+            + f"\n\nLargest relative differences; {report['dtype']}, {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
+
+
 def cpu() -> str:
     """The CPU step's ratios, in Markdown."""
     path = ROOT / "results" / "benchmarks" / "cpu-step.json"
@@ -97,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     pages = {
         "README.md": {"demo-digits": demo("digits"), "demo-cifar": demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu()},
         "docs/methods.md": {"fidelity": fidelity(), "demo-digits-all": demo("digits", "digits-all"), "demo-cifar-all": demo("cifar-all")},
+        "docs/processes.md": {"equality": processes()},
+        "docs/guard.md": {"detector": detector.rendered()},
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()

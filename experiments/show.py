@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from engine.card import mark
+
 HEADINGS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50", "cw": "C&W", "apgd": "APGD", "aa": "AA"}
 # Okabe & Ito's palette, which colour-blind readers can tell apart; a line style each besides.
 STYLES = {"FGSM-AT": ("#D55E00", ":"), "FGSM-RS": ("#E69F00", "--"), "FGSM-SDI": ("#0072B2", "-"),
@@ -34,7 +36,7 @@ def table(runs: Runs, markdown: bool) -> str:
     first = next(iter(runs.values()))[0]["evaluations"]
     columns = list(next(iter(first.values()))["metrics"])
     heading = ["Method", "Checkpoint", *(HEADINGS[c] for c in columns), "Training, s"]
-    rows = [[label, name, *(cell([run["evaluations"][name]["metrics"][c] for run in several]) for c in columns),
+    rows = [[label, name, *(cell([run["evaluations"][name]["metrics"][c] for run in several]) + doubt(several, name) for c in columns),
              f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}"]
             for label, several in runs.items() for name in first]
     if markdown:
@@ -43,6 +45,12 @@ def table(runs: Runs, markdown: bool) -> str:
     widths = [max(len(line[i]) for line in (heading, *rows)) for i in range(len(heading))]
     return "\n".join("  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
                      for line in (heading, *rows))
+
+
+def doubt(several: list[dict[str, Any]], checkpoint: str) -> str:
+    """The mark of a number that its claim card does not stand behind; evaluations that are older than the cards have none to ask."""
+    evaluations = [run["evaluations"][checkpoint] for run in several]
+    return next(filter(None, (mark(e) for e in evaluations if "card" in e)), "")
 
 
 def cell(metrics: list[dict[str, Any]]) -> str:
@@ -56,7 +64,7 @@ def facts(several: list[dict[str, Any]]) -> dict[str, Any]:
     """What a caption needs to say of a method's runs: n, seeds, machine, versions, commit."""
     run = several[0]["run"]
     evaluation = next(iter(several[0]["evaluations"].values()))
-    return {"n": evaluation["n"], "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"],
+    return {"n": evaluation["n"], "card": all("card" in e for run in several for e in run["evaluations"].values()), "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"],
             "torch": run["versions"]["torch"], "commit": run["commit"], "epochs": run["config"]["epochs"]}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.card import MARK, mark
 from experiments import tables
 from experiments.show import HEADINGS
 from experiments.tables import Row, Scale, Table
@@ -74,9 +75,16 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
             evaluations = [run["evaluations"][checkpoint] for run in runs if checkpoint in run["evaluations"]]
             cells = {column: Cell([e["metrics"][column]["value"] for e in evaluations if column in e["metrics"]], published.get(column)) for column in table.columns}
             minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in runs], published.get("minutes"))
-            doubts = sorted({said for e in evaluations for said in e["warnings"] if not said.startswith("measured on the first")})
+            doubts = sorted({said for e in evaluations for said in why_not(e)})
             found.append(Line(row, checkpoint, cells, runs, minutes, doubts))
     return found
+
+
+def why_not(evaluation: dict[str, Any]) -> list[str]:
+    """Why the numbers of an evaluation are not to be trusted: nothing where its claim card is."""
+    if not mark(evaluation):
+        return []
+    return [said for said in evaluation["warnings"] if not said.startswith("measured on the first")] or ["evaluated without a claim card"]
 
 
 def cell(found: Cell, comparable: bool, tolerance: float) -> str:
@@ -97,10 +105,10 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
         return _csv(table, scale, found)
     comparable = not scale.shrunk
     heading = ["Method", "Checkpoint", *(HEADINGS[column] for column in table.columns), "Minutes"]
-    body = [[line.row.name + ("" if line.row.command else " (not offered)") + (" ?" if line.unreliable else ""), line.checkpoint,
+    body = [[line.row.name + ("" if line.row.command else " (not offered)") + (f" {MARK}" if line.unreliable else ""), line.checkpoint,
              *(cell(line.cells[column], comparable, tolerance) for column in table.columns), _minutes(line.minutes)] for line in found]
     title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
-    notes = [_legend(comparable, tolerance), *_provenance(found), *table.notes, *sorted({f"? {line.row.name}: {said}" for line in found for said in line.unreliable})]
+    notes = [_legend(comparable, tolerance), *_provenance(found), *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
     if form == "markdown":
         rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *body]
         return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in rows), "", *(f"- {note}" for note in notes)])

@@ -68,7 +68,7 @@ def _demo_rows(demo: str, label: str, several: list[dict[str, Any]]) -> list[dic
                       **{key: mean([e["metrics"][key]["value"] for e in evaluations if key in e["metrics"]]) for key in HEADINGS},
                       "minutes": mean([run["run"]["seconds"]["training"] / 60 for run in several]), "seeds": len(several), "n": evaluations[0]["n"],
                       "device": several[0]["run"]["device"],
-                      "doubt": "; ".join(sorted({said for e in evaluations for said in e["warnings"] if not said.startswith("measured on the first")}))})
+                      "doubt": "; ".join(sorted({said for e in evaluations for said in side_by_side.why_not(e)}))})
     return found
 
 

@@ -431,9 +431,9 @@ class Recording:
         if hasattr(script, "misalignment"):
             misalignment = script.misalignment
 
-            def misaligned(*arguments):
+            def misaligned(*arguments, **named):
                 self.etas.append([value.detach().clone() for value in arguments[1:]])
-                return misalignment(*arguments)
+                return misalignment(*arguments, **named)
 
             monkeypatch.setattr(script, "misalignment", misaligned)
         self.cfg = script.Config(

@@ -540,6 +540,29 @@ def test_help_lists_every_flag_with_its_help(train_script):
         assert len(explained) > 4 and "".join(explained.split()) in "".join(part.split()), field.name
 
 
+BOUNDS = {"epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0, "epsilon": 0, "width": 1, "train_size": 1, "val_size": 0, "image_size": 8,
+          "workers": 0, "seed": 0, "save_every": 0, "time_limit": 0}
+OWN_BOUNDS = {
+    "awp": {"alpha": 0, "steps": 1, "beta": 0, "gamma": 0, "warmup": 0}, "fat": {"alpha": 0, "steps": 1}, "fgsm_ckpt": {"alpha": 0, "c": 1},
+    "fgsm_ep": {"alpha": 0, "reset": 0}, "fgsm_mep": {"alpha": 0, "reset": 0}, "fgsm_rs_cs": {"alpha": 0, "gamma": 0}, "fgsm_sdi": {"alpha": 0, "k": 1},
+    "free_at": {"replays": 1}, "gairat": {"alpha": 0, "steps": 2}, "las_at": {"interval": 1, "gamma": 0}, "lbgat": {"alpha": 0, "steps": 1, "beta": 0},
+    "liet": {"alpha": 0, "refresh": 1}, "mart": {"alpha": 0, "steps": 1, "beta": 0}, "n_fgsm": {"alpha": 0, "k": 0}, "pgd_at": {"alpha": 0, "steps": 1},
+    "standard": {}, "trades": {"alpha": 0, "steps": 1, "beta": 0}, "vfsat": {},
+}
+
+
+def test_a_flag_below_its_bound_is_refused_by_name(train_script):
+    """And the bound itself is not, save for another reason."""
+    script = importlib.import_module(train_script)
+    for name, low in (BOUNDS | OWN_BOUNDS.get(train_script.removeprefix("train_"), {"alpha": 0})).items():
+        with pytest.raises(engine.Misuse, match=rf"^{config.spelled(name)} {low - 1}: must be at least {low}$"):
+            script.Config(dataset="imagenet", **{name: low - 1})
+        try:
+            script.Config(dataset="imagenet", **{name: low})
+        except engine.Misuse as error:
+            assert "at least" not in str(error)
+
+
 def test_help_ends_the_command_well(train_script, tiny):
     result = tiny.command(train_script, "--help")
     assert result.status == 0 and "--epsilon" in result.out and result.err == ""

@@ -135,23 +135,6 @@ def test_unknown_columns_are_refused(text):
         evaluate.columns_named(text)
 
 
-def accuracies(total: int = 1000, **percent: float) -> dict[str, Tensor]:
-    return {column: torch.arange(total) < value * total / 100 for column, value in percent.items()}
-
-
-@pytest.mark.parametrize("found, words", [
-    (accuracies(clean=82, fgsm=56, pgd10=52, pgd50=51, aa=47), None),
-    (accuracies(clean=12), "near chance"),
-    (accuracies(clean=85, fgsm=80, pgd10=0.1), "catastrophic overfitting"),
-    (accuracies(clean=82, fgsm=40, pgd10=60, pgd50=60), "gradients are masked"),
-    (accuracies(clean=82, fgsm=56, pgd10=52, pgd50=51, aa=20), "PGD misleads"),
-    (accuracies(total=500, clean=82), "first 500 of 1000"),
-])
-def test_warnings_where_a_number_is_not_to_be_trusted(found, words):
-    said = evaluate.warnings(found, 10, 1000)
-    assert len(said) == (words is not None) and all(words in sentence for sentence in said)
-
-
 def test_a_network_that_is_not_finite_is_no_result(model):
     with torch.no_grad():
         model.linear.bias[3] = torch.nan
@@ -335,7 +318,7 @@ def test_unknown_attacks_are_refused(model):
 # ---- test_FGSM_SDI.py ------------------------------------------------------------------------------------------------
 
 CONTRACT = {"method", "dataset", "arch", "seed", "commit", "dirty", "versions", "device", "precision", "tf32", "peak_memory_bytes",
-            "metrics", "batch_size", "n", "epsilon", "warnings", "verdicts", "seconds"}
+            "metrics", "batch_size", "n", "epsilon", "card", "warnings", "verdicts", "seconds"}
 
 
 def test_the_evaluation_script(pretended, digits_run, tiny, monkeypatch):
@@ -350,8 +333,12 @@ def test_the_evaluation_script(pretended, digits_run, tiny, monkeypatch):
     assert (content["n"], content["batch_size"], content["seed"], content["norm"]) == (360, 100, 0, "Linf")
     assert content["epsilon"] == 38 and content["pgd_alpha"] == 9.5, "the radius that it was trained for, and a quarter of it"
     assert content["precision"] == "fp32" and content["tf32"] == {"matmul": False, "cudnn": False}, "as it was while measuring"
-    sentence, = content["warnings"]
-    assert "AutoAttack" in sentence and "below PGD-50" in sentence, "what stands in for AutoAttack finds far more"
+    assert not content["card"]["trusted"] and content["card"]["n"] == 256
+    not_passed = [check["name"] for check in content["card"]["checks"] if check["status"] != "pass"]
+    wrong = {"bounds", "pgd and autoattack", "autoattack's square"}
+    assert wrong <= set(not_passed) <= wrong | {"recomputed"}, "what stands in for AutoAttack leaves the ball; each attack of it finds a third"
+    assert [sentence.partition(":")[0] for sentence in content["warnings"]] == not_passed
+    assert all(f"warning: {sentence}" in result.out for sentence in content["warnings"])
 
     assert list(content["metrics"]) == list(evaluate.COLUMNS)
     with np.load(out_dir / content["verdicts"]) as file:
@@ -362,7 +349,7 @@ def test_the_evaluation_script(pretended, digits_run, tiny, monkeypatch):
         assert metric["value"] == pytest.approx(100 * verdicts[column].mean()) and metric["n"] == 360
         low, high = record.wilson(int(verdicts[column].sum()), 360)
         assert metric["interval"] == pytest.approx([100 * low, 100 * high])
-        assert f"{metric['value']:.2f} %" in result.out and column in result.out
+        assert f"{column:6s} {metric['value']:6.2f} %†" in result.out, "marked, because the card is not trusted"
     plain = measured(network(digits_run / "best.pth"), n=360, batch_size=100)
     assert all(np.array_equal(plain[column].numpy(), verdicts[column]) for column in PLAIN)
 
@@ -377,11 +364,24 @@ def test_the_published_flags(dash, digits_run, tiny):
     content = json.loads((tiny.directory / "evaluation" / "evaluation.json").read_text())
     assert (content["n"], content["batch_size"], content["epsilon"], content["pgd_alpha"]) == (30, 10, 20, 3)
     assert list(content["metrics"]) == ["clean", "pgd10"]
-    sentence, = content["warnings"]
-    assert "first 30 of 360" in sentence and f"warning: {sentence}" in result.out
+    few, no_card = content["warnings"]
+    assert "first 30 of 360" in few and "needs 100 images" in no_card and all(f"warning: {said}" in result.out for said in (few, no_card))
+    assert not content["card"]["trusted"] and {check["status"] for check in content["card"]["checks"]} == {"not run"}
     found = measured(network(digits_run / "last.pth"), n=30, columns=("clean", "pgd10"), eps=20 / 255, alpha=3 / 255, batch_size=10)
     with np.load(tiny.directory / "evaluation" / "verdicts.npz") as verdicts:
         assert all(np.array_equal(verdicts[column], found[column].numpy()) for column in found)
+
+
+@pytest.mark.parametrize("n, trusted", [(150, True), (0, False)])
+def test_the_card_of_a_sound_network(n, trusted, digits_run, tiny):
+    flags = "--model_path", digits_run / "best.pth", "--out_dir", tiny.directory / "e", "--attacks", "clean,fgsm,pgd10", "--card-n", n
+    result = tiny.command("test_FGSM_SDI", *flags)
+    assert result.status == 0, result.err
+    content = json.loads((tiny.directory / "e" / "evaluation.json").read_text())
+    assert content["card"]["trusted"] == trusted and content["card"]["n"] == n
+    assert content["seconds"]["card"] == content["card"]["seconds"]
+    assert (content["warnings"] == []) == trusted == ("†" not in result.out)
+    assert ("NOT TRUSTED" in result.out) != trusted and result.out.count("claim card") == 1 + (not trusted) * 2
 
 
 def test_results_lie_beside_the_checkpoint_by_default(digits_run, tiny):

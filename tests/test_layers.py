@@ -14,7 +14,7 @@ OURS = {"utils", "attacks", "models", "engine", "experiments", "test_FGSM_SDI", 
 # What a part may import of the others: arrows point one way.
 MAY = {
     "utils": set(), "attacks": {"utils"}, "models": set(), "engine": {"utils", "attacks", "models"},
-    "test_FGSM_SDI": {"engine"}, "experiments": {"engine"},
+    "test_FGSM_SDI": {"engine"}, "experiments": {"engine", "models", "attacks", "utils"},
     **{script: {"engine", "utils", "attacks", "models"} for script in SCRIPTS},
 }
 

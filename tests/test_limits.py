@@ -229,7 +229,7 @@ def test_a_gradient_penalty_of_weight_zero_leaves_fgsm_at(method, weight, train)
 
 def test_gradsum_draws_no_noise_before_its_attack(train):
     """At weight 0 the noise of the penalty cannot matter, at 1 it does: the limit above says nothing of it."""
-    with replaced(train_gradsum, "gradient_norm", lambda norm: lambda model, x, target, eta: norm(model, x, target, 0 * eta)):
+    with replaced(train_gradsum, "gradient_norm", lambda norm: lambda model, x, target, eta, **more: norm(model, x, target, 0 * eta, **more)):
         without_noise = {weight: train("gradsum", gradsum_lambda=weight) for weight in (0.0, 1.0)}
     assert parted(without_noise[0.0], train("gradsum", gradsum_lambda=0.0)) is None
     assert parted(without_noise[1.0], train("gradsum", gradsum_lambda=1.0)) == 1

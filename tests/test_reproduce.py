@@ -95,9 +95,9 @@ def test_an_unknown_table_is_refused(name, dataset):
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
 
-def made_up(job, seed: int, values: dict[str, float], n: int = 10_000, dirty: bool = False, warnings: tuple[str, ...] = ()) -> None:
+def made_up(job, seed: int, values: dict[str, float], n: int = 10_000, dirty: bool = False, warnings: tuple[str, ...] = (), card: bool = True) -> None:
     """A run's JSON with the fields that the tables read."""
-    evaluation = {"n": n, "dirty": dirty, "warnings": list(warnings), "metrics": {name: {"value": value, "n": n} for name, value in values.items()}}
+    evaluation = {"n": n, "dirty": dirty, "warnings": list(warnings), "card": {"trusted": card and not warnings}, "metrics": {name: {"value": value, "n": n} for name, value in values.items()}}
     run = {"seed": seed, "dirty": False, "device": "a device", "precision": "fp32", "commit": "c" * 40, "versions": {"torch": "2.6"}, "seconds": {"training": 600.0}}
     job.result.parent.mkdir(parents=True, exist_ok=True)
     job.result.write_text(json.dumps({"label": job.label, "run": run, "log": [], "evaluations": {"best": evaluation, "last": evaluation}}))
@@ -144,7 +144,11 @@ def test_numbers_that_do_not_count(tmp_path):
     made_up(job(2), 2, {"aa": 46.0}, warnings=("PGD misleads on this model", "measured on the first 10000 of ..."))
     text = side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
     assert "46.00 (46.83, -0.83)" in text and "40.00" not in text and "43.00" not in text
-    assert "PGD-AT ?" in text and "? PGD-AT: PGD misleads on this model" in text and "measured on the first" not in text
+    assert "PGD-AT †" in text and "† PGD-AT, best: PGD misleads on this model" in text and "measured on the first" not in text
+    made_up(job(2), 2, {"aa": 46.0}, card=False)
+    assert "† PGD-AT, best: evaluated without a claim card" in side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    made_up(job(2), 2, {"aa": 46.0})
+    assert "†" not in side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
 
 
 def test_list_names_every_table(tmp_path, capsys):

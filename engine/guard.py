@@ -1,0 +1,288 @@
+"""What is watched while a run trains: catastrophic overfitting, and updates that are not finite.
+
+Catastrophic overfitting (Wong et al., ICLR 2020): within some hundred updates a network trained by a single step keeps or
+gains accuracy under FGSM while that under PGD falls towards zero. What the signs are, what they cost, how often they are
+wrong, and what a rollback changes: docs/guard.md.
+"""
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine import checkpoint, distributed, evaluate
+from engine.errors import Failure
+
+if TYPE_CHECKING:
+    from engine.run import Run
+
+MEMORY, RISE, FALL = 10, 2.0, 0.85  # chosen on half of the methods of the FastAT Benchmark's curves: experiments/detector.py
+PATIENCE = 5  # readings; chosen on runs of this repository
+LOOK = 20  # batches between two looks at the training loss, each of which makes a GPU wait once
+LOSS_FALL, LOSS_MEMORY = 0.7, 0.1  # a loss below this part of what it was of late is suspicious; how fast "of late" follows
+TEST_IMAGES, TEST_EVERY = 256, 180_000  # images; the second: trained between two tests that nothing suspicious asked for
+ROLLBACKS = 3
+IN_A_ROW = 10  # updates that are not finite, one after the other, before --on-nonfinite skip gives up
+GOOD = "good.pth"
+
+
+class Reading(NamedTuple):
+    """Accuracies in percent on n images; random starts and step sizes are the evaluation's."""
+
+    fgsm: float
+    pgd10: float
+    n: int
+
+
+def overfitted(readings: Sequence[Reading]) -> list[bool]:
+    """For each reading of a run whether it shows catastrophic overfitting, judged from itself and the ones before it.
+
+    Two signs. Robustness is lost: against the medians of the last `MEMORY` readings that showed nothing, FGSM minus PGD-10 has
+    grown by more than `RISE` points and PGD-10 has fallen below `FALL` of what it was, both by more than the error of n images.
+    Or it does not come: FGSM is more than 5 points and twice that error above twice PGD-10, whose best in the last `PATIENCE`
+    readings is no better than what was before them. Accuracy on clean images tells nothing: it may fall, stay or rise.
+    """
+    healthy: list[Reading] = []
+    found = []
+    for number, (fgsm, pgd10, n) in enumerate(readings, 1):
+        error = 100 / n ** 0.5  # three standard errors of a gap of 10 points
+        accuracies = [reading.pgd10 for reading in readings[:number]]
+        stale = number > PATIENCE and max(accuracies[-PATIENCE:]) <= max(accuracies[:-PATIENCE])
+        collapsed = stale and fgsm > 2 * pgd10 + 5 + 2 * error
+        if recent := healthy[-MEMORY:]:
+            rise = fgsm - pgd10 - statistics.median(reading.fgsm - reading.pgd10 for reading in recent)
+            usual = statistics.median(reading.pgd10 for reading in recent)
+            collapsed |= rise > RISE + error and pgd10 < min(FALL * usual, usual - error)
+        if not collapsed:
+            healthy.append(readings[number - 1])
+        found.append(collapsed)
+    return found
+
+
+class Guard:
+    """`--co-guard`: what it decides is a function of the run's updates alone, and no random number of the run is drawn for it.
+
+    Args:
+        mode: off, warn, stop or rollback.
+        columns: what is measured after every epoch; without fgsm among them nothing is watched.
+    """
+
+    def __init__(self, mode: str, columns: Sequence[str]) -> None:
+        self.mode = mode if "fgsm" in columns else "off"
+        self.keeps = self.mode in ("stop", "rollback")  # the last healthy epoch's state, in a file of its own
+        self.failure = ""  # why the run is to end once it is saved
+        self.alarms: list[dict[str, Any]] = []
+        self.alarmed = False  # whether the last reading was an alarm
+        self.rollbacks = 0
+        self.good = 0  # the update after which the last healthy epoch ended
+        self.level: float | None = None  # the training loss of late
+        self.sums = [0.0, 0.0]  # of the epoch's losses and images, at the last look
+        self.tested = 0.0  # the epoch's images at the last test
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers and lists."""
+        return {name: value for name, value in vars(self).items() if name not in ("mode", "keeps", "failure")}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes up a saved state."""
+        vars(self).update(state)
+
+    def begin(self, run: Run, fresh: bool) -> None:
+        """Before the first batch: a collapse in the first epoch has something to go back to, and a resumed run has good.pth
+        even if a kill came between it and state.pth."""
+        if not fresh:
+            self.saved(run)
+        elif self.keeps:
+            run._save()
+
+    def saved(self, run: Run) -> None:
+        """After state.pth was written, or a run began from it: keeps it where it is the one to go back to.
+
+        Raises:
+            Failure: the run is to stop, and now it can.
+        """
+        if self.keeps and (run.batch, run.step) == (0, self.good) and distributed.rank() == 0:
+            _link(run.out_dir / "state.pth", run.out_dir / GOOD)
+        if self.failure:
+            raise Failure(self.failure)
+
+    def noised(self, run: Run, x: Tensor) -> Tensor:
+        """x (B, C, H, W) in [0, 1]; after k rollbacks with noise U(-k eps, k eps), the one of N-FGSM (de Jorge et al., NeurIPS 2022).
+
+        The script's own noise goes on in the same stream, and so is another one than before.
+        """
+        return (x + self.rollbacks * run.cfg.eps * run.uniform(x)).clamp(0, 1) if self.rollbacks else x
+
+    def due(self, run: Run) -> bool:
+        """Whether it is time for a look."""
+        return self.mode != "off" and run.batch % LOOK == 0 and run.batch < len(run._data)
+
+    def look(self, run: Run) -> bool:
+        """Between two batches: the training loss and, where that fell or nothing was tested for long, a test.
+
+        Returns:
+            Whether the run was put back.
+
+        Raises:
+            Failure: the run is to stop.
+        """
+        run._read()
+        before, self.sums = self.sums, [run._sums["loss"].item(), run._sums["seen"].item()]
+        loss = (self.sums[0] - before[0]) / max(self.sums[1] - before[1], 1.0)
+        fell = bool(distributed.most(int(self.level is not None and loss < LOSS_FALL * self.level), run.device))
+        self.level = loss if fell or self.level is None else self.level + LOSS_MEMORY * (loss - self.level)
+        if not fell and self.sums[1] - self.tested < TEST_EVERY:
+            return False
+        self.tested = self.sums[1]
+        put_back = self._judge(run, self._test(run))
+        if self.failure:
+            run._save()
+        return put_back
+
+    def epoch_ended(self, run: Run, row: dict[str, Any]) -> bool:
+        """Judges an epoch's evaluation; writes into its row whether it was `overfitted`, and its `alarms`.
+
+        Returns:
+            Whether the run was put back.
+        """
+        self.sums, self.tested = [0.0, 0.0], 0.0
+        if self.mode == "off":
+            return False
+        if self._judge(run, self._reading(run, row)):
+            return True
+        row["overfitted"] = self.alarmed
+        if not self.alarmed:
+            self.good = run.step
+        if alarms := [alarm for alarm in self.alarms if alarm["epoch"] == row["epoch"]]:
+            row["alarms"] = alarms
+        return False
+
+    # ---- what goes on inside ------------------------------------------------------------------------------------
+
+    def _reading(self, run: Run, row: dict[str, Any]) -> Reading:
+        return Reading(row[f"{run.cfg.select_on}_fgsm"], row[f"{run.cfg.select_on}_pgd10"], run._measured[run.cfg.select_on][2])
+
+    def _test(self, run: Run) -> Reading:
+        """The network as it is now on the first of the held-out images; every process has its share of them."""
+        began = run._clock()
+        part = distributed.shard(TEST_IMAGES)
+        x, y = (held_out[:part.stop - part.start] for held_out in run._measured[run.cfg.select_on][:2])
+        columns = Reading._fields[:2]
+        found = evaluate.verdicts(run.network, x, y, columns=columns, eps=run.cfg.eps, alpha=run.cfg.eps / 4,
+                                  seed=run.cfg.seed + distributed.rank(), batch_size=run._evaluation_batch)
+        counts = torch.tensor([*(float(found[column].sum()) for column in columns), len(y)], dtype=torch.float64, device=run.device)
+        distributed.sum_([counts])
+        fgsm, pgd10, n = counts.tolist()
+        run._seconds["evaluation"] += run._clock() - began
+        return Reading(100 * fgsm / n, 100 * pgd10 / n, int(n))
+
+    def _judge(self, run: Run, reading: Reading) -> bool:
+        """Acts on a reading; returns whether the run was put back."""
+        known = self.alarmed
+        self.alarmed = overfitted([*(self._reading(run, row) for row in run._history), reading])[-1]
+        if not self.alarmed or known and self.mode == "warn":
+            return False
+        action = "stop" if self.mode == "rollback" and self.rollbacks == ROLLBACKS else self.mode
+        self.alarms.append({"epoch": run.epoch + 1, "update": run.step, **reading._asdict(), "action": action})
+        sentence = (f"catastrophic overfitting at epoch {run.epoch + 1}, update {run.step}: FGSM leaves {reading.fgsm:.1f} % "
+                    f"of {reading.n} held-out images right, PGD-10 only {reading.pgd10:.1f} %")
+        if action == "rollback":
+            self._roll_back(run, sentence)
+            return True
+        if action == "stop":
+            remedy = (f"{ROLLBACKS} rollbacks did not help, choose a smaller --epsilon or another method" if self.mode == "rollback" else
+                      "--co-guard rollback goes on from before it, --co-guard warn regardless")
+            self.failure = f"{sentence}; the run is saved in {run.out_dir}: {remedy}"
+        elif distributed.rank() == 0:
+            print(f"warning: {sentence}; --co-guard stop or rollback would act on it", flush=True)
+        return False
+
+    def _roll_back(self, run: Run, sentence: str) -> None:
+        """Puts everything back as it was when the last healthy epoch ended, apart from `alarms` and `rollbacks`, and saves that."""
+        path = run.out_dir / GOOD
+        saved = checkpoint.load_state(path) if path.is_file() else None
+        if saved is None or saved["position"]["step"] != self.good:
+            raise Failure(f"{sentence}; there is no {path} of update {self.good} to go back to, because the run began without "
+                          "--co-guard rollback: start again with it and --resume never")
+        alarms, rollbacks, seconds = self.alarms, self.rollbacks + 1, dict(run._seconds)
+        if distributed.rank() == 0:
+            print(f"warning: {sentence}; rollback {rollbacks} of at most {ROLLBACKS}, to update {self.good}: "
+                  f"the images now come with noise of {rollbacks} x epsilon", flush=True)
+        run._saved = saved
+        run._restore()
+        self.alarms, self.rollbacks = alarms, rollbacks
+        lost = seconds["training"] - run._seconds["training"]
+        run._seconds = seconds | {"training": run._seconds["training"], "rolled_back": seconds.get("rolled_back", 0.0) + lost}
+        run._save()
+
+
+class Finite:
+    """`--on-nonfinite`: which updates may be made, decided on the device without making it wait.
+
+    Args:
+        skips: whether an update that is not finite is left out and counted: up to 1 % of an epoch's classifier updates
+            (at least one), and fewer than `IN_A_ROW` one after the other; the next one, or else the first, is fatal.
+        updates: of the classifier in an epoch.
+    """
+
+    def __init__(self, skips: bool, updates: int, device: torch.device) -> None:
+        self.skips, self.allowed = skips, math.ceil(updates / 100)
+        self.fatal = torch.full((), -1, dtype=torch.int64, device=device)  # the number of the update that ends the run
+        self.skipped, self.row = torch.zeros_like(self.fatal), torch.zeros_like(self.fatal)  # in this epoch; one after the other
+        self._buffers: list[Tensor] = []
+        self._copy: Tensor | None = None
+
+    def admit(self, finite: Tensor, step: int) -> Tensor:
+        """Whether the update is to be made, () bool; none is after a fatal one."""
+        fine = finite
+        if self.skips:
+            self.skipped += ~finite
+            self.row.add_(1).mul_(~finite)
+            fine = finite | (self.skipped <= self.allowed) & (self.row < IN_A_ROW)
+        self.fatal.copy_(torch.where(fine | (self.fatal >= 0), self.fatal, step))
+        return finite & (self.fatal < 0)
+
+    def watch(self, buffers: list[Tensor]) -> None:
+        """These are put back where an update is left out: BatchNorm's averages took in what led to it."""
+        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()] if self.skips else []
+        self._copy = self._flat()
+
+    def repair(self, made: Tensor) -> None:
+        """After an update that was made or not, () bool."""
+        if self._copy is not None:
+            self._copy = torch.where(made, self._flat(), self._copy)
+            parts = self._copy.split([buffer.numel() for buffer in self._buffers])
+            torch._foreach_copy_(self._buffers, [part.view_as(buffer) for part, buffer in zip(parts, self._buffers)])
+
+    def state(self) -> list[int]:
+        return [int(self.skipped), int(self.row)]
+
+    def load(self, state: list[int]) -> None:
+        self.skipped.fill_(state[0])
+        self.row.fill_(state[1])
+
+    @property
+    def reason(self) -> str:
+        """Why the run cannot go on, once `fatal` is an update."""
+        return f"; {int(self.skipped)} updates of this epoch were not finite, {int(self.row)} one after the other" if self.skips else ""
+
+    def _flat(self) -> Tensor | None:
+        return torch.cat([buffer.flatten() for buffer in self._buffers]) if self._buffers else None
+
+
+def _link(source: Path, target: Path) -> None:
+    """`target` becomes another name of what `source` is now, whole at any instant; a copy where the disk has no second names."""
+    unfinished = target.with_name(target.name + ".part")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)

@@ -1,0 +1,165 @@
+"""The runs that figures are made of: a table's rows, or folders that a training script filled."""
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint, data, foreign
+from engine.errors import Misuse
+from experiments import tables
+from experiments.side_by_side import SEEDS
+from experiments.tables import Row, Scale, Table
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run. folder: its own files. content: what a table's JSON has of it (run, log, evaluations)."""
+
+    label: str
+    folder: Path
+    content: dict[str, Any]
+    remedy: str = "train it again"
+
+    @property
+    def run(self) -> dict[str, Any]:
+        return self.content["run"]
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return self.content["log"]
+
+    @property
+    def eps(self) -> float:
+        """The radius of its training, as a fraction of 1."""
+        return self.run["config"]["epsilon"] / 255
+
+    def origin(self) -> dict[str, Any]:
+        """What a figure's JSON says of it."""
+        parts = (self.run, *self.content["evaluations"].values())
+        return {"label": self.label, "seed": self.run["seed"], "commit": self.run["commit"], "dirty": any(part["dirty"] for part in parts),
+                "device": self.run["device"], "config": {key: value for key, value in self.run["config"].items() if key not in ("data_dir", "out_dir")}}
+
+    def network(self, name: str, device: torch.device) -> nn.Module:
+        """best.pth or last.pth, in eval mode.
+
+        Raises:
+            Misuse: the file is not there any more.
+        """
+        path = self.folder / f"{name}.pth"
+        if not path.is_file():
+            raise Misuse(f"{path}, of {self.label}, is not there: {self.remedy}")
+        return foreign.load(path, device=device)[0]
+
+    def snapshots(self) -> dict[int, Path]:
+        """state-<epoch>.pth by epoch, in order."""
+        return dict(sorted((int(path.stem.removeprefix("state-")), path) for path in self.folder.glob("state-*.pth")))
+
+    def at(self, path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+        """The classifier, in eval mode, and the whole state at a snapshot."""
+        state, network = checkpoint.load_state(path), self.network("last", device)
+        checkpoint.restore(network, state["kept"]["classifier"], "classifier")
+        return network, state
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How networks are measured. checkpoint: best or last. n: how many images."""
+
+    data_dir: Path
+    device: torch.device
+    checkpoint: str
+    n: int
+
+    def images(self, runs: Sequence[Trained], part: str = "test", n: int | None = None) -> tuple[Tensor, Tensor]:
+        """The first n of the runs' data set, (n, H, W, C) uint8 and (n,) int64.
+
+        Raises:
+            Misuse: the runs are of several data sets.
+        """
+        dataset = _loaded(one("data set", [run.run["dataset"] for run in runs]), self.data_dir)
+        x, y = (getattr(dataset, f"{name}_{part}")[:n or self.n] for name in "xy")
+        return torch.from_numpy(dataset.pixels(x)), torch.from_numpy(y)
+
+
+_loaded = functools.cache(data.load)
+
+
+def one(what: str, values: list[Any]) -> Any:
+    """The one value that all runs have.
+
+    Raises:
+        Misuse: they differ.
+    """
+    if len(set(values)) > 1:
+        found = ", ".join(sorted(set(map(str, values))))
+        raise Misuse(f"the runs differ in {what} ({found}), and one figure cannot compare them: choose among them with --rows or --runs")
+    return values[0]
+
+
+def of_folders(folders: Sequence[Path]) -> list[Trained]:
+    """Runs of the training scripts by their --out-dir, with the evaluations where best/ and last/ hold some.
+
+    Raises:
+        Misuse: a folder holds no finished run.
+    """
+    found = []
+    for folder in folders:
+        if not (folder / "result.json").is_file():
+            raise Misuse(f"--runs {folder}: there is no result.json, so it is no folder of a finished run")
+        run = json.loads((folder / "result.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        evaluations = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/evaluation.json"))}
+        found.append(Trained(run["method"].upper(), folder, {"run": run, "log": log, "evaluations": evaluations}))
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A table at a scale, and where its runs lie. given: the flags that say so, for the command that a message names."""
+
+    name: str
+    table: Table
+    scale: Scale
+    output: Path
+    results: Path
+    given: str = ""
+
+    def command(self, rows: Sequence[str]) -> str:
+        return f'python reproduce.py run {self.name} --scale {self.scale.name} --rows "{",".join(rows)}"{self.given}'
+
+    def trained(self, row: Row, table: Table | None = None) -> list[Trained]:
+        """The row's runs by seed."""
+        jobs = [(table or self.table).job(row, seed, self.scale, self.output, self.results) for seed in SEEDS]
+        return [Trained(row.name, job.folder, json.loads(job.result.read_text()), f"python {' '.join(job.train)} --out-dir {job.folder} makes it again")
+                for job in jobs if job.result.is_file()]
+
+    def rows(self, wanted: Sequence[str]) -> tuple[list[Trained], list[str]]:
+        """The runs of the rows, or of all that the table offers, and the names of the rows without any.
+
+        Raises:
+            Misuse: the table does not offer a row.
+        """
+        offered = {row.name: row for row in self.table.rows if row.command}
+        if unknown := [name for name in wanted if name not in offered]:
+            raise Misuse(f"table {self.name} offers {', '.join(offered)}, not {unknown[0]}: choose with --rows, or another --table")
+        found = {name: self.trained(offered[name]) for name in wanted or offered}
+        return [run for runs in found.values() for run in runs], [name for name, runs in found.items() if not runs]
+
+    def siblings(self) -> list[Trained]:
+        """The runs of the other tables of this data set and recipe: of whole methods, not of an ablation's rows; each once."""
+        seen, found = {row.name for row in self.table.rows}, []
+        for several in tables.TABLES.values():
+            for table in several:
+                for row in table.rows if (table.dataset, table.recipe) == (self.table.dataset, self.table.recipe) else ():
+                    if row.command and not row.variant and row.name not in seen:
+                        seen.add(row.name)
+                        found += self.trained(row, table)
+        return found
+
