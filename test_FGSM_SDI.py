@@ -8,6 +8,7 @@ checks without which the numbers are not to be trusted (docs/claim-card.md).
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import card, data, evaluate, foreign, record
+from engine import card, checkpoint, data, evaluate, foreign, record
 from engine.config import Parser
 from engine.errors import Misuse, one_sentence
 from engine.run import chosen_device, keep_freed_memory
@@ -46,8 +47,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.norm != "Linf":
         raise Misuse(f"--norm {args.norm}: only Linf is implemented")
     for name in ("epsilon", "pgd_alpha", "n_ex", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise Misuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise Misuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and finite")
+    if not 0 <= args.seed < 2**63:
+        raise Misuse(f"--seed {args.seed}: must lie in 0..2^63-1")
     if args.card_n < 0:
         raise Misuse(f"--card-n {args.card_n}: must not be below 0")
     return args
@@ -75,9 +78,12 @@ def main(args: argparse.Namespace) -> dict:
         raise Misuse(f"{path} has {report['classes']} classes, {name} has {dataset.classes}: choose another --dataset")
     evaluate.check_finite(model, x)
     epsilon = args.epsilon or said.get("epsilon") or 8.0
+    if isinstance(epsilon, str) or not 0 < epsilon <= 255:
+        raise Misuse(f"the radius {epsilon}, of --epsilon or of {path}: must be a number of 255ths, above 0 and up to 255; give --epsilon")
     alpha = args.pgd_alpha or epsilon / 4
     settings = dict(eps=epsilon / 255, seed=args.seed, batch_size=args.batch_size)
     out_dir.mkdir(parents=True, exist_ok=True)
+    _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
 
     plain = [column for column in columns if column not in evaluate.AUTOATTACK_COLUMNS]
     found: dict[str, torch.Tensor] = {}
@@ -106,7 +112,8 @@ def main(args: argparse.Namespace) -> dict:
         "card": claim, "warnings": card.warnings(claim, n, len(dataset.x_test)), "verdicts": "verdicts.npz",
         "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **provenance,
     }
-    np.savez_compressed(out_dir / "verdicts.npz", **{column: standing.numpy() for column, standing in found.items()})
+    with record.replacing(out_dir / "verdicts.npz") as file:
+        np.savez_compressed(file, **{column: standing.numpy() for column, standing in found.items()})
     record.write_json(content, out_dir / "evaluation.json")
     show(content, out_dir)
     return content

@@ -103,10 +103,8 @@ def ours(turns: Turns, checkout: Path) -> None:
         def _epoch(self):
             steps = super()._epoch()
             for _ in turns:
-                try:
-                    yield next(steps)
-                except StopIteration:
-                    return
+                yield next(steps)
+            self.batch = len(self._data)  # the epoch is over, though nobody asked for what comes after its last batch
 
         def _end_of_epoch(self) -> None:  # no evaluation, no files: as for the other two
             self.batch, self.epoch = 0, self.epoch + 1

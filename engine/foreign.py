@@ -374,6 +374,8 @@ def candidates(
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     fits = _fits(shapes, _allowed(model, arch))
     carried = [tuple(state_dict[key].tolist()) for key in NORMALISATION_KEYS[0] if key in state_dict]
+    if len(carried) == 1:
+        raise Misuse(f"it holds only one of {' and '.join(NORMALISATION_KEYS[0])}: save the whole state_dict")
     return [Candidate(*fit, *normalisation) for fit in fits
             for normalisation in _normalisations(carried, normalise, classes=fit[1], channels=fit[2])]
 

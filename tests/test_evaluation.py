@@ -388,7 +388,7 @@ def test_results_lie_beside_the_checkpoint_by_default(digits_run, tiny):
     path = Path(shutil.copy(digits_run / "best.pth", tiny.directory / "mine.pth"))
     result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean")
     assert result.status == 0, result.err
-    assert {file.name for file in (tiny.directory / "mine-evaluation").iterdir()} == {"evaluation.json", "verdicts.npz"}
+    assert {file.name for file in (tiny.directory / "mine-evaluation").iterdir()} == {"evaluation.json", "verdicts.npz", ".lock"}
 
 
 def test_another_epsilon_and_more_columns_do_not_move_a_column(digits_run, tiny):
