@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from engine.errors import Failure, one_sentence
-from experiments import detector, show
+from experiments import detector, show, side_by_side, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,6 +95,11 @@ def processes() -> str:
             + f"\n\nLargest relative differences; {report['dtype']}, {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
 
 
+def small(name: str) -> str:
+    """A published table at scale small, in Markdown."""
+    return side_by_side.rendered(tables.find(name), tables.SCALES["small"], ROOT / "results" / "tables", "markdown", 1.0)
+
+
 def cpu() -> str:
     """The CPU step's ratios, in Markdown."""
     path = ROOT / "results" / "benchmarks" / "cpu-step.json"
@@ -114,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         "docs/methods.md": {"fidelity": fidelity(), "demo-digits-all": demo("digits", "digits-all"), "demo-cifar-all": demo("cifar-all")},
         "docs/processes.md": {"equality": processes()},
         "docs/guard.md": {"detector": detector.rendered()},
+        "docs/tables.md": {f"table-{name}": small(name) for name in ("II", "III", "IV", "V")},
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()
