@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine import checkpoint, distributed, evaluate
+from engine import checkpoint, distributed
 from engine.errors import Failure
 
 if TYPE_CHECKING:
@@ -171,16 +171,9 @@ class Guard:
 
     def _test(self, run: Run) -> Reading:
         """The network as it is now on the first of the held-out images; every process has its share of them."""
-        began = run._clock()
         part = distributed.shard(TEST_IMAGES)
         x, y = (held_out[:part.stop - part.start] for held_out in run._measured[run.cfg.select_on][:2])
-        columns = Reading._fields[:2]
-        found = evaluate.verdicts(run.network, x, y, columns=columns, eps=run.cfg.eps, alpha=run.cfg.eps / 4,
-                                  seed=run.cfg.seed + distributed.rank(), batch_size=run._evaluation_batch)
-        counts = torch.tensor([*(float(found[column].sum()) for column in columns), len(y)], dtype=torch.float64, device=run.device)
-        distributed.sum_([counts])
-        fgsm, pgd10, n = counts.tolist()
-        run._seconds["evaluation"] += run._clock() - began
+        fgsm, pgd10, n = run._standing(run.network, x, y, Reading._fields[:2])
         return Reading(100 * fgsm / n, 100 * pgd10 / n, int(n))
 
     def _judge(self, run: Run, reading: Reading) -> bool:

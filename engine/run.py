@@ -501,17 +501,26 @@ class Run:
                     mean.copy_(value)
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
-        began = time.perf_counter()
         accuracies = {}
-        for split, (x, y, n) in self._measured.items():
-            found = evaluate.verdicts(
-                network, x, y, columns=self._columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
-                seed=self.cfg.seed + distributed.rank(), batch_size=self._evaluation_batch)
-            counts = torch.tensor([float(found[column].sum()) for column in self._columns], dtype=torch.float64, device=self.device)
-            distributed.sum_([counts])
-            accuracies |= {f"{split}_{column}": 100 * count / n for column, count in zip(self._columns, counts.tolist())}
-        self._seconds["evaluation"] += self._clock() - began
+        for split, (x, y, _) in self._measured.items():
+            *counts, n = self._standing(network, x, y, self._columns)
+            accuracies |= {f"{split}_{column}": 100 * count / n for column, count in zip(self._columns, counts)}
         return accuracies
+
+    def _standing(self, network: nn.Module, x: Tensor, y: Tensor, columns: Sequence[str]) -> list[float]:
+        """How many images are still classified right under each column, and how many there are, over all processes.
+
+        Args:
+            x, y: this process's images and labels, as for `evaluate.verdicts`.
+        """
+        began = self._clock()
+        found = evaluate.verdicts(
+            network, x, y, columns=columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
+            seed=self.cfg.seed + distributed.rank(), batch_size=self._evaluation_batch)
+        counts = torch.tensor([*(float(found[column].sum()) for column in columns), len(y)], dtype=torch.float64, device=self.device)
+        distributed.sum_([counts])
+        self._seconds["evaluation"] += self._clock() - began
+        return counts.tolist()
 
     def _report(self, row: dict[str, Any], better: bool) -> None:
         if distributed.rank() > 0:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from engine import record
+from engine import distributed, record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,4 +134,4 @@ def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes:
 
 def all_devices() -> list[str]:
     """Every GPU, or the CPU once per core."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * len(os.sched_getaffinity(0))
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * distributed.cores()

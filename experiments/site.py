@@ -59,7 +59,7 @@ def _rows(name: str, dataset: str, scale: str, line: side_by_side.Line) -> list[
 
 def _demo_rows(demo: str, label: str, several: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def mean(values: list[float]) -> float | None:
-        return sum(values) / len(values) if values else None
+        return side_by_side.Cell(values).mean
 
     found = []
     for checkpoint in several[0]["evaluations"]:
