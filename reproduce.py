@@ -7,6 +7,7 @@ HTML page with all of it.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from engine import record
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--devices", help="as cuda:0,cuda:1; one that stands there twice has two processes (default: every GPU, or every core)")
     run.add_argument("--data-dir", type=Path, default=Path("data/"), help="where data sets lie (default: data/)")
     run.add_argument("--output", type=Path, default=Path("output/tables"), help="where the runs' own files go (default: output/tables)")
+    run.add_argument("--compile", action="store_true", help="train by the fast path (docs/performance.md)")
     run.add_argument("--print", action="store_true", help="only print the commands")
     show = command("show", "what was measured of a table beside what was published")
     about_a_table(show)
@@ -84,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
     if args.seeds < 1:
         raise Misuse(f"--seeds {args.seeds}: must be at least 1")
     jobs = [table.job(offered[name], seed, scale, args.output, args.results) for seed in range(args.seeds) for name in wanted]
+    if args.compile:
+        jobs = [replace(job, train=(*job.train, "--compile")) for job in jobs]
     if args.print:
         for job in jobs:
             print("python", *job.train, "--data-dir", args.data_dir, "--out-dir", job.folder)

@@ -4,7 +4,7 @@ Wu, Xia & Wang, "Adversarial weight perturbation helps robust generalization", N
 (AT-AWP) or on TRADES (`--base trades`). docs/methods.md#awp.
 """
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,7 +69,8 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     model, eps, alpha = run.model, cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y, warm):
         target = soft_labels(y, run.classes, cfg.label_factor)
         with eval_mode(model, enabled=cfg.attack_bn == "eval"):
             if cfg.base == "pgd":
@@ -85,13 +86,12 @@ def main(cfg: Config) -> None:
             robust = divergence(logits, model(x)).mean()  # the image twice, as published
             return F.cross_entropy(model(x), target) + cfg.beta * robust
 
-        if run.epoch < cfg.warmup:
+        with nullcontext() if warm else perturbed_weights(model, lambda: loss(model(x + delta)), cfg.gamma, run.averaged):
             logits = model(x + delta)
             run.update(loss(logits), logits=logits)
-            continue
-        with perturbed_weights(model, lambda: loss(model(x + delta)), cfg.gamma, run.averaged):
-            logits = model(x + delta)
-            run.update(loss(logits), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y, run.epoch < cfg.warmup)
 
 
 if __name__ == "__main__":

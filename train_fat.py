@@ -15,6 +15,7 @@ from utils import eval_mode, frozen, inside_image, project, soft_labels
 @dataclass
 class Config(engine.Config):
     METHOD = "fat"
+    COMPILES = False  # each number of images that are left in the attack would be compiled anew
 
     alpha: float | None = engine.step_size(1 / 4)
     steps: int = engine.flag(10, "largest number of steps", at_least=1)

@@ -53,13 +53,17 @@ def main(cfg: Config) -> None:
     eps, alpha = cfg.eps, cfg.alpha / 255
     previous = run.memory("previous", per_image=False)
 
-    for x, y, _ in run.batches():  # BatchNorm is in training mode in both passes, as published
+    @run.captured
+    def step(x, y, first):  # BatchNorm is in training mode in both passes, as published
         target = soft_labels(y, run.classes, cfg.label_factor)
-        eta = start(run.uniform(x), cfg.init, eps) if run.step == 0 else previous[run.positions]
+        eta = start(run.uniform(x), cfg.init, eps) if first else previous[run.positions]
         delta, prior_logits = perturb(run.model, x, target, eta, eps, alpha)
         logits = run.model(x + delta)
         run.update(regularised_loss(logits, prior_logits, target, cfg.pgi_lambda, cfg.reduction), logits=logits)
         previous[run.positions] = delta
+
+    for x, y, _ in run.batches():
+        step(x, y, run.step == 0)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y):
         target = soft_labels(y, run.classes, cfg.label_factor)
         with eval_mode(run.model):  # BatchNorm's averages in the whole attack, as in the published code's version of its library
             delta, logits = direction(run.model, x, target, eps * run.uniform(x), eps, alpha)
@@ -59,6 +60,9 @@ def main(cfg: Config) -> None:
             delta = shorten(run.model, x, y, delta, logits, cfg.c)
         logits = run.model(x + delta)
         run.update(F.cross_entropy(logits, target), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

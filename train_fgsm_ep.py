@@ -60,16 +60,20 @@ def main(cfg: Config) -> None:
     eps, alpha = cfg.eps, cfg.alpha / 255
     previous = run.memory("previous", aligned=cfg.align)
 
-    for x, y, index in run.batches():  # BatchNorm is in training mode in both passes, as published
+    @run.captured
+    def step(x, y, index, anew):  # BatchNorm is in training mode in both passes, as published
         target = soft_labels(y, run.classes, cfg.label_factor)
-        anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
-        if anew and run.batch == 0:
-            previous.forget()  # what no crop of this epoch will show
         eta = start(run.uniform(x), cfg.init, eps) if anew else project(previous[index], eps)  # a half-precision memory rounds
         delta, prior_logits = perturb(run.model, x, target, eta, eps, alpha)
         logits = run.model(x + delta)
         run.update(regularised_loss(logits, prior_logits, target, cfg.pgi_lambda, cfg.reduction), logits=logits)
         previous[index] = delta
+
+    for x, y, index in run.batches():
+        anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
+        if anew and run.batch == 0:
+            previous.forget()  # what no crop of this epoch will show
+        step(x, y, index, anew)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from utils import cosine, inside_image, project, soft_labels
 @dataclass
 class Config(engine.Config):
     METHOD = "fgsm-ga"
+    COMPILES = False  # a compiled network has no second derivative
     CYCLIC_LR = 0.3
 
     alpha: float | None = engine.step_size(1.25)
@@ -25,8 +26,6 @@ class Config(engine.Config):
         super().check()
         if self.ga_lambda is None:
             self.ga_lambda = 0.02 * 10 ** (min(self.epsilon, 16) / 8)
-        if self.compile:
-            raise engine.Misuse("--compile: a compiled network has no second derivative, which GradAlign needs; leave it out")
 
 
 def perturb(x, gradient, eps, alpha):
@@ -50,12 +49,16 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():  # BatchNorm is in training mode in all three passes, as published
+    @run.captured
+    def step(x, y):  # BatchNorm is in training mode in all three passes, as published
         target = soft_labels(y, run.classes, cfg.label_factor)
         gradient = input_gradient(run.model, x, target)
         logits = run.model(x + perturb(x, gradient, eps, alpha))
         penalty = misalignment(run.model, x, target, gradient, eps * run.uniform(x), whole=run.gathered)
         run.update(F.cross_entropy(logits, target) + cfg.ga_lambda * penalty, logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,9 @@ def main(cfg: Config) -> None:
     prior = run.memory("prior", aligned=cfg.align)
     momenta = run.memory("momenta", aligned=cfg.align, scale=2**18 if cfg.accumulate == "normalised" else 1)  # about one over a CIFAR batch's pixels
 
-    for x, y, index in run.batches():  # BatchNorm is in training mode in both passes, as published
+    @run.captured
+    def step(x, y, index, anew):  # BatchNorm is in training mode in both passes, as published
         target = soft_labels(y, run.classes, cfg.label_factor)
-        anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
-        if anew and run.batch == 0:
-            prior.forget(), momenta.forget()  # what no crop of this epoch will show
         if anew:
             eta, momentum = start(run.uniform(x), cfg.init, eps), torch.zeros_like(x)
         else:
@@ -87,6 +85,12 @@ def main(cfg: Config) -> None:
         logits = run.model(x + delta)
         run.update(regularised_loss(logits, prior_logits, target, cfg.pgi_lambda, cfg.reduction), logits=logits)
         prior[index], momenta[index] = following, momentum
+
+    for x, y, index in run.batches():
+        anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
+        if anew and run.batch == 0:
+            prior.forget(), momenta.forget()  # what no crop of this epoch will show
+        step(x, y, index, anew)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,16 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y):
         target = soft_labels(y, run.classes, cfg.label_factor)
         eta = eps * run.uniform(x) if cfg.init == "uniform" else torch.zeros_like(x)
         delta = perturb(run.model, x, target, eta, eps, alpha)  # BatchNorm stays in training mode, as published
         logits = run.model(x + delta)
         run.update(F.cross_entropy(logits, target), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,8 @@ def main(cfg: Config) -> None:
     level, epoch_sum, seen = statistics  # the mean of the last epoch; the sum of this one, and over how many images
     run.keep(statistics=statistics)
 
-    for x, y, _ in run.batches():
-        if run.batch == 0 and run.epoch > 0:
-            level.copy_(epoch_sum / seen)
-            statistics[1:] = 0
+    @run.captured
+    def step(x, y, smooth):
         target = soft_labels(y, run.classes, cfg.label_factor)
         noisy = x + inside_image(eps * run.uniform(x), x)
         delta = perturb(run.model, noisy, soft_labels(y, run.classes, cfg.attack_factor), alpha)
@@ -48,12 +46,18 @@ def main(cfg: Config) -> None:
         noisy_logits = run.gathered(run.model(noisy))  # BatchNorm is in training mode in all three passes
         noisy_loss = F.cross_entropy(noisy_logits, run.gathered(target))
         loss = F.cross_entropy(logits, target)
-        if cfg.stride < run.epoch < cfg.epochs - cfg.stride:
+        if smooth:
             strays = (noisy_loss - level).detach()
             loss = loss + cfg.cs_weight * strays.sign() * (strays.abs() > cfg.gamma) * noisy_loss
         run.update(loss, logits=logits)
-        epoch_sum += noisy_loss.detach() * len(noisy_logits)
-        seen += len(noisy_logits)
+        epoch_sum.add_(noisy_loss.detach() * len(noisy_logits))
+        seen.add_(len(noisy_logits))
+
+    for x, y, _ in run.batches():
+        if run.batch == 0 and run.epoch > 0:
+            level.copy_(epoch_sum / seen)
+            statistics[1:] = 0
+        step(x, y, cfg.stride < run.epoch < cfg.epochs - cfg.stride)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ def main(cfg: Config) -> None:
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=cfg.generator_lr, weight_decay=5e-4)
     run.keep(generator=generator, generator_optimizer=generator_optimizer)
 
-    for x, y, _ in run.batches():  # the classifier's BatchNorm is in training mode in every pass, as published
+    @run.captured
+    def step(x, y, learns):  # the classifier's BatchNorm is in training mode in every pass, as published
         target = soft_labels(y, run.classes, cfg.label_factor)
         s_x = input_gradient(run.model, x, y).sign()  # Eq. 5, of the hard-label loss
-        if run.batch % cfg.k == 0:  # line 4: the generator ascends
+        if learns:  # line 4: the generator ascends
             delta = perturb(run.model, generator.train(), x, y, s_x, eps, alpha)
             run.update(-F.cross_entropy(run.model(x + delta), target), generator_optimizer)
         with torch.no_grad():  # line 9: the classifier descends, from the new generator's start
@@ -58,6 +59,9 @@ def main(cfg: Config) -> None:
             delta = inside_image(delta, x)
         logits = run.model(x + delta)
         run.update(F.cross_entropy(logits, target), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y, run.batch % cfg.k == 0)
 
 
 if __name__ == "__main__":

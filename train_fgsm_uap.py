@@ -42,7 +42,8 @@ def main(cfg: Config) -> None:
     momentum = torch.zeros_like(universal)
     run.keep(universal=universal, momentum=momentum)
 
-    for x, y, _ in run.batches():  # BatchNorm is in training mode in both passes
+    @run.captured
+    def step(x, y):  # BatchNorm is in training mode in both passes
         target = soft_labels(y, run.classes, cfg.label_factor)
         delta, gradient, noisy, prior_logits = perturb(run.model, x, target, universal.expand_as(x), eps, alpha)
         logits = run.model(x + delta)
@@ -52,6 +53,9 @@ def main(cfg: Config) -> None:
         gradient = run.gathered(run.share * gradient)
         momentum.mul_(cfg.mu).add_(gradient.mean(0) / gradient.abs().sum())
         universal.copy_(project(universal + radius * momentum.sign(), radius))
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

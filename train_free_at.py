@@ -33,7 +33,8 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg, updates_per_batch=cfg.replays)
     carried = run.memory("carried", per_image=False)
 
-    for x, y, _ in run.batches():  # BatchNorm is in training mode; x + delta of the first replay may leave [0, 1], as published
+    @run.captured
+    def step(x, y):  # BatchNorm is in training mode; x + delta of the first replay may leave [0, 1], as published
         target = soft_labels(y, run.classes, cfg.label_factor)
         delta = carried[run.positions]
         for _ in range(cfg.replays):
@@ -42,6 +43,9 @@ def main(cfg: Config) -> None:
             run.update(F.cross_entropy(logits, target), logits=logits, leaf=noisy)
             delta = perturb(delta, noisy.grad, x, cfg.eps)
         carried[run.positions] = delta
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

@@ -49,15 +49,19 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y, weighted):
         target = soft_labels(y, run.classes, cfg.label_factor)
         with eval_mode(run.model):
             delta, kappa = perturb(run.model, x, y, target, eps * run.uniform(x), eps, alpha, cfg.steps)
         logits = run.model(x + delta)
         loss = F.cross_entropy(logits, target, reduction="none")
-        if run.epoch + 1 >= cfg.begin * cfg.epochs:
+        if weighted:
             loss = loss * instance_weights(run.gathered(kappa), cfg.steps, cfg.gair_lambda, cfg.weights)[run.positions]
         run.update(loss.mean(), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y, run.epoch + 1 >= cfg.begin * cfg.epochs)
 
 
 if __name__ == "__main__":

@@ -38,17 +38,20 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y, late, guided):  # guided: in every other batch the attack climbs the distance too
         target = soft_labels(y, run.classes, cfg.label_factor)
-        weight = cfg.guidance * (cfg.late_factor if run.epoch >= round(0.86 * cfg.epochs) else 1)
+        weight = cfg.guidance * (cfg.late_factor if late else 1)
         with torch.no_grad():
             clean_logits = run.model(x)  # training mode, and it moves BatchNorm's averages, as published
-        guided = weight * (run.batch % 2)  # in every other batch the attack climbs the distance too
         with eval_mode(run.model):
             delta = perturb(run.model, x, target, eps / 2 * run.uniform(x).sign(), eps, alpha,
-                            lambda logits: guided * distance(logits, clean_logits))
+                            lambda logits: weight * guided * distance(logits, clean_logits))
         logits, clean_logits = run.model(x + delta), run.model(x)
         run.update(F.cross_entropy(clean_logits, target) + weight * distance(logits, clean_logits), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y, run.epoch >= round(0.86 * cfg.epochs), run.batch % 2 == 1)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,10 @@ from utils import inside_image, project, soft_labels
 @dataclass
 class Config(engine.Config):
     METHOD = "gradsum"
+    COMPILES = False  # a compiled network has no second derivative
 
     alpha: float | None = engine.step_size(1)
     gradsum_lambda: float = engine.flag(10.0, "weight of the penalty, tied to the batch size as the loss is a mean: published at 256")
-
-    def check(self) -> None:
-        super().check()
-        if self.compile:
-            raise engine.Misuse("--compile: a compiled network has no second derivative, which GradSum needs; leave it out")
 
 
 def perturb(model, x, target, eps, alpha):
@@ -45,13 +41,17 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():  # BatchNorm is in training mode in all three passes, as published
+    @run.captured
+    def step(x, y):  # BatchNorm is in training mode in all three passes, as published
         target = soft_labels(y, run.classes, cfg.label_factor)
         delta = perturb(run.model, x, target, eps, alpha)
         logits = run.model(x + delta)
         eta = (eps * run.uniform(x) * 255).round() / 255  # whole grey levels, as published
         penalty = gradient_norm(run.model, x, target, eta, whole=lambda gradient: run.gathered(run.share * gradient))
         run.update(F.cross_entropy(logits, target) + cfg.gradsum_lambda * penalty, logits=logits, max_norm=20)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main(cfg: Config) -> None:
     run.optimizer.add_param_group({"params": list(teacher.parameters())})  # one optimizer for both, as published
     run.keep(teacher=teacher)
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y):
         target = soft_labels(y, run.classes, cfg.label_factor)
         with eval_mode(run.model):
             delta = perturb(run.model, x, 0.001 * run.normal(x), eps, alpha, cfg.steps)
@@ -54,6 +55,9 @@ def main(cfg: Config) -> None:
         guide = teacher(x)  # learns from both terms
         loss = F.mse_loss(logits, guide) + F.cross_entropy(guide, target) + cfg.beta * divergence(logits, clean_logits).mean()
         run.update(loss, logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

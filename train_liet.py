@@ -63,11 +63,12 @@ def main(cfg: Config) -> None:
     information = torch.zeros_like(grey)
     run.keep(information=information)
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y, refresh, weight):
         def labels():  # drawn anew for every loss
             return uneven_labels(y, cfg.label_factor, (1 + run.uniform(x.new_empty(len(x), run.classes))) / 2)
 
-        if run.batch % cfg.refresh == 0:
+        if refresh:
             with eval_mode(run.model):
                 uneven = uneven_labels(classes, cfg.label_factor, run.random(run.classes, run.classes))
                 information.copy_(eps * input_gradient(run.model, grey, uneven).sign())
@@ -77,8 +78,10 @@ def main(cfg: Config) -> None:
         eta = eta * (run.random(1) - 0.5).sign()
         delta, prior_logits = perturb(run.model, x, labels(), eta, eps, alpha, in_ball)  # BatchNorm in training mode
         logits = run.model(x + delta)
-        weight = cfg.liet_lambda * (run.epoch + 1) / cfg.epochs
         run.update(F.cross_entropy(logits, labels()) + weight * jensen_shannon(logits, prior_logits), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y, run.batch % cfg.refresh == 0, cfg.liet_lambda * (run.epoch + 1) / cfg.epochs)
 
 
 if __name__ == "__main__":

@@ -49,13 +49,17 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y):
         target = soft_labels(y, run.classes, cfg.label_factor)
         with eval_mode(run.model):
             delta = perturb(run.model, x, target, 0.001 * run.normal(x), eps, alpha, cfg.steps)
         clean_logits, logits = run.model(x), run.model(x + delta)
         loss = boosted_cross_entropy(logits, y, target) + cfg.beta * weighted_divergence(logits, clean_logits, y)
         run.update(loss, logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

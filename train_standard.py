@@ -21,9 +21,13 @@ class Config(engine.Config):
 def main(cfg: Config) -> None:
     run = engine.Run(cfg)
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y):
         logits = run.model(x)
         run.update(F.cross_entropy(logits, soft_labels(y, run.classes, cfg.label_factor)), logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

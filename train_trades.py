@@ -37,7 +37,8 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y):
         target = soft_labels(y, run.classes, cfg.label_factor)
         with eval_mode(run.model):
             delta = perturb(run.model, x, 0.001 * run.normal(x), eps, alpha, cfg.steps)
@@ -45,6 +46,9 @@ def main(cfg: Config) -> None:
         logits = run.model(x + delta)
         robust = divergence(logits, run.model(x)).mean()  # the image twice, as published: BatchNorm's averages see it twice
         run.update(F.cross_entropy(clean_logits, target) + cfg.beta * robust, logits=logits)
+
+    for x, y, _ in run.batches():
+        step(x, y)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,15 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     cycle = [radius / 255 for radius in engine.numbers("--radii", cfg.radii)]
 
-    for x, y, _ in run.batches():
+    @run.captured
+    def step(x, y, eps):
         target = soft_labels(y, run.classes, cfg.label_factor)
-        delta = perturb(run.model, x, target, cycle[run.epoch % len(cycle)])  # BatchNorm in training mode, as published
+        delta = perturb(run.model, x, target, eps)  # BatchNorm in training mode, as published
         logits = run.model(x + delta)
         run.update(F.cross_entropy(logits, target), logits=logits, max_norm=20)
+
+    for x, y, _ in run.batches():
+        step(x, y, cycle[run.epoch % len(cycle)])
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ class Config:
     seed: int = flag(0, "of weights, order, augmentation and noise", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it; evaluation is always fp32")
-    compile: bool = flag(False, "compile the network with torch.compile")
+    compile: bool = flag(False, "compile the network, and on one GPU record the step as a CUDA graph and replay it (docs/performance.md); "
+                         "has never been run on a GPU so far")
     batchnorm: Literal["process", "global"] = flag("process", "whose images BatchNorm averages over in training, with several processes: its own process's, "
                                                    "or the global batch's, with which the run computes what one process does, more slowly")
     co_guard: Literal["off", "warn", "stop", "rollback"] = flag("warn", "when accuracy under PGD-10 on the held-out images collapses while that under "
@@ -124,6 +125,7 @@ class Config:
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
     DECAYS: ClassVar[tuple[float, ...]] = (100 / 110, 105 / 110)  # multistep's, as parts of the run
     METHOD: ClassVar[str] = ""
+    COMPILES: ClassVar[bool] = True  # whether the network bears it; the step is recorded all the same
 
     def __post_init__(self) -> None:
         recipe = RECIPES.get(self.dataset)

@@ -232,8 +232,8 @@ class Finite:
         self._buffers: list[Tensor] = []
         self._copy: Tensor | None = None
 
-    def admit(self, finite: Tensor, step: int) -> Tensor:
-        """Whether the update is to be made, () bool; none is after a fatal one."""
+    def admit(self, finite: Tensor, step: int | Tensor) -> Tensor:
+        """Whether update number `step` is to be made, () bool; none is after a fatal one."""
         fine = finite
         if self.skips:
             self.skipped += ~finite
@@ -250,7 +250,7 @@ class Finite:
     def repair(self, made: Tensor) -> None:
         """After an update that was made or not, () bool."""
         if self._copy is not None:
-            self._copy = torch.where(made, self._flat(), self._copy)
+            self._copy.copy_(torch.where(made, self._flat(), self._copy))  # in place: a recorded step reads it where it was
             parts = self._copy.split([buffer.numel() for buffer in self._buffers])
             torch._foreach_copy_(self._buffers, [part.view_as(buffer) for part, buffer in zip(parts, self._buffers)])
 

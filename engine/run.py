@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from engine import batchnorm, checkpoint, data, distributed, evaluate, record
+from engine import batchnorm, capture, checkpoint, data, distributed, evaluate, record
 from engine.config import Config, numbers
 from engine.errors import Failure, Misuse
 from engine.guard import GOOD, Finite, Guard
 from engine.memory import Memory
+from engine.schedule import MOMENTUM
 
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
 """The flags that a resumed run may be given anew."""
 
 
 _STOP = 2  # more than 1, which is to save and go on
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: whole epochs done, batches of this one done, updates of the classifier done."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
 
 
 class Classifier(nn.Module):
@@ -82,14 +93,15 @@ class Run:
         self._prepare_data()
         torch.manual_seed(cfg.seed)
         self.network = self._build()
-        self.model = Classifier(torch.compile(self.network) if cfg.compile else self.network, self._autocast()).train()
+        self.model = self._seen_by_scripts(self.network).train()
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)
         self.average = self._build() if cfg.ema else None
         if self.average is not None:
             self.average.load_state_dict(self.network.state_dict())
 
-        self.batch = self.step = self.epoch = 0
+        self._position = Position()
+        self._inside = False  # a captured step
         self.total = cfg.epochs * len(self._data) * updates_per_batch
         self._updates_per_epoch = len(self._data) * updates_per_batch
         self._schedule = cfg.schedule()
@@ -98,12 +110,33 @@ class Run:
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
         self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device)
         self._guard = Guard(cfg.co_guard, self._columns)
-        self._deferred = self.device.type == "cuda"  # whether reading a number would make the device wait
+        self._captures = cfg.compile and capture.possible(self.device) and distributed.world() == 1
+        self._deferred = self.device.type == "cuda" or self._captures  # whether reading a number would make the device wait
+        self._steps: list[capture.Captured] = []
+        if self._captures:
+            self._graph = capture.Graph(self.device, [self._generator])
+            self._rates = capture.Rates(map(self._rates_of, range(self.total)), self.device)
+            self._steady: dict[int, list[Tensor]] = {}
         self._history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {}
-        self._seconds = {"training": 0.0, "evaluation": 0.0, "saving": 0.0, "preparation": time.perf_counter() - self._began}
+        self._seconds = {"training": 0.0, "compilation": 0.0, "evaluation": 0.0, "saving": 0.0, "preparation": time.perf_counter() - self._began}
         self._asked_to_stop = False
         self.keep(classifier=self.network, optimizer=self.optimizer, **({"average": self.average} if cfg.ema else {}))
+
+    @property
+    def batch(self) -> int:
+        """The batch's number in the epoch."""
+        return self._outside("batch")
+
+    @property
+    def step(self) -> int:
+        """How many updates of the classifier are done."""
+        return self._outside("step")
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return self._outside("epoch")
 
     @property
     def progress(self) -> float:
@@ -121,7 +154,7 @@ class Run:
     @property
     def lr(self) -> float:
         """The learning rate of the classifier's next update."""
-        return self.cfg.lr * self._schedule(self.step, self.total, self._updates_per_epoch).lr
+        return self._rates_of(self.step)[0]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -142,13 +175,15 @@ class Run:
                 kept.to(self.device, memory_format=torch.channels_last)
                 if self.cfg.batchnorm == "global" and distributed.world() > 1:
                     batchnorm.make_global(kept)
+            if isinstance(kept, torch.optim.Optimizer) and self._captures:
+                capture.make_recordable(kept)
             if isinstance(kept, nn.Module | Tensor):
                 distributed.copy_from_first(list(kept.state_dict().values()) if isinstance(kept, nn.Module) else [kept])
             self._kept[name] = kept
 
     def classifier(self, arch: str | None = None) -> Classifier:
         """Another network for this data set in training mode, like `run.model`: of --arch, or of a name from `models`."""
-        return Classifier(self._build(arch), self._autocast()).to(self.device).train()
+        return self._seen_by_scripts(self._build(arch)).train()
 
     def memory(self, name: str, *, per_image: bool = True, scale: float = 1.0, aligned: bool = False) -> Memory:
         """A kept memory of x's shape for every training image, read and written with the batch's `index`.
@@ -194,6 +229,15 @@ class Run:
         """Where this process's images stand in the global batch, (B,)."""
         part = distributed.shard(self._global_batch)
         return torch.arange(part.start, part.stop, device=self.device)
+
+    def captured(self, step: Callable[..., None]) -> capture.Captured:
+        """Decorates the part of a method's loop that is the same in every batch: with --compile on one GPU it is recorded and replayed.
+
+        It is called with the batch's tensors and with whatever it needs of `batch`, `step`, `epoch`, `progress` and `lr`, which
+        it must not read itself: floats arrive as tensors where it is recorded, anything else makes another recording.
+        """
+        self._steps.append(capture.Captured(step, self))
+        return self._steps[-1]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields x (B, C, H, W) in [0, 1], y (B,) and the images' index (B,) until training is over.
@@ -254,17 +298,18 @@ class Run:
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         made, undo = self._watch(value, parameters, optimizer)
-        if main:
-            rates = self._schedule(self.step, self.total, self._updates_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = self.cfg.lr * rates.lr
-                group["momentum"] = rates.momentum if self.cfg.cycle_momentum else 0.9
+        if main and self._inside and self._captures:
+            self._rates.set(optimizer, made)
+        elif main:
+            self._set_rates(self._position.step)
         optimizer.step()
         undo()
         distributed.copy_from_first(self._buffers)  # BatchNorm's averages: those of the first process's images
         if not main:
             return
-        self.step += 1
+        self._position.step += 1
+        if self._captures:
+            self._rates.at.add_(1)
         if self.average is not None:
             self._average()
         self._sums["loss"] += torch.where(made, value, 0.0) * self._global_batch
@@ -304,11 +349,14 @@ class Run:
                    leave=False, disable=not sys.stderr.isatty() or distributed.rank() > 0)
         began = time.perf_counter()
         for x, y, index in batches:
-            self._labels = y
             self._global_batch = min(self.cfg.batch_size, self._data.n - self.batch * self.cfg.batch_size)
             data.noise_generator(self._generator, self.cfg.seed, self.epoch * len(self._data) + self.batch)
-            yield self._guard.noised(self, x), y, index
-            self.batch += 1
+            x = self._guard.noised(self, x)
+            if self._captures:
+                x, y, index = self._in_place(x, y, index)
+            self._labels = y
+            yield x, y, index
+            self._position.batch += 1
             bar.update()
             if self._guard.due(self):
                 self._seconds["training"] += self._clock() - began
@@ -338,7 +386,7 @@ class Run:
         sums = {name: value.item() for name, value in self._sums.items()}
         trained = self._seconds["training"]
         row: dict[str, Any] = {
-            "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "momentum": self.optimizer.param_groups[0]["momentum"],
+            "epoch": self.epoch + 1, **dict(zip(("lr", "momentum"), self._rates_of(self.step - 1))),
             "loss": sums["loss"] / (sums["seen"] or math.nan), "train_accuracy": 100 * sums["correct"] / (sums["seen"] or math.nan),
             "images_per_second": self._data.n / (trained - (self._history[-1]["seconds"] if self._history else 0.0)), "seconds": trained,
         }
@@ -357,7 +405,7 @@ class Run:
         if better:
             self._best = {"score": score, "epoch": row["epoch"], "weights": row["weights"]}
         self._report(row, better)
-        self.batch, self.epoch = 0, self.epoch + 1
+        self._position = Position(self.epoch + 1, 0, self.step)
         for value in (*self._sums.values(), self._finite.skipped):
             value.zero_()
         if distributed.rank() == 0:
@@ -445,6 +493,11 @@ class Run:
         self._precision = "bf16" if use else str(torch.get_default_dtype()).removeprefix("torch.").replace("float", "fp")
         return torch.bfloat16 if use else None
 
+    def _seen_by_scripts(self, network: nn.Module) -> Classifier:
+        if self.cfg.compile and self.cfg.COMPILES:
+            network = capture.compiled(network)
+        return Classifier(network, self._autocast())
+
     def _noise(self, x: Tensor, fill) -> Tensor:
         noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return fill(noise)[distributed.shard(self._global_batch)]
@@ -457,7 +510,7 @@ class Run:
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))
-        made = self._finite.admit(finite, self.step)
+        made = self._finite.admit(finite, self._rates.at if self._captures else self._position.step)
         if not self._deferred:
             self._read()
             if made:
@@ -485,9 +538,67 @@ class Run:
             self._finite.repair(made)
         return made, undo
 
+    def _rates_of(self, step: int) -> tuple[float, float]:
+        """Learning rate and momentum of the classifier's update after `step` others."""
+        rates = self._schedule(step, self.total, self._updates_per_epoch)
+        return self.cfg.lr * rates.lr, rates.momentum if self.cfg.cycle_momentum else MOMENTUM
+
+    def _set_rates(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"], group["momentum"] = self._rates_of(step)
+
+    def _in_place(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """The batch at addresses that are the same for all batches of its size, and with it where its pixels come from."""
+        batch += getattr(self._data, "places", ())
+        if (size := len(batch[0])) not in self._steady:
+            self._steady[size] = [tensor.clone() for tensor in batch]
+        for steady, tensor in zip(self._steady[size], batch):
+            steady.copy_(tensor)
+        x, y, index, *places = self._steady[size]
+        if places:
+            self._data.places = tuple(places)
+        return x, y, index
+
+    def _outside(self, name: str) -> int:
+        """A number of the position, unless a recorded step asks: it would keep the answer for ever."""
+        if self._inside:
+            raise Failure(f"a captured step reads run.{name} (or lr, or progress): give it what it needs of that as an argument")
+        return getattr(self._position, name)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """In a captured step."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        """What goes on inside is compilation, not training."""
+        began = self._clock()
+        yield
+        spent = self._clock() - began
+        self._seconds["compilation"] += spent
+        self._seconds["training"] -= spent  # where it will be added with the rest
+
+    def _replayed(self, updates: int) -> None:
+        """So many updates of the classifier were made without Python."""
+        self._position.step += updates
+        self._set_rates(max(self.step - 1, 0))
+
+    def _everything(self) -> Iterator[Tensor]:
+        """All tensors that are kept."""
+        for kept in self._kept.values():
+            if isinstance(kept, torch.optim.Optimizer):
+                yield from (value for state in kept.state.values() for value in state.values() if isinstance(value, Tensor))
+            else:
+                yield from kept.state_dict().values() if isinstance(kept, nn.Module) else [kept]
+
     def _read(self) -> None:
         if (step := int(self._finite.fatal)) >= 0:
-            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {self.epoch + 1}){self._finite.reason}; the weights were left "
+            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {self._position.epoch + 1}){self._finite.reason}; the weights were left "
                           f"as they were, and {self.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
 
     def _average(self) -> None:
@@ -552,7 +663,7 @@ class Run:
         if distributed.rank() == 0:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             state = {
-                "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
+                "position": dataclasses.asdict(self._position),
                 "kept": {name: checkpoint.state_of(kept) for name, kept in self._kept.items()},
                 "sums": self._sums, "history": self._history, "best": self._best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
@@ -609,10 +720,14 @@ class Run:
                          "it is another version's; start again with --resume never")
         for name, kept in self._kept.items():
             checkpoint.restore(kept, saved["kept"][name], name)
-        self.epoch, self.batch, self.step = (saved["position"][name] for name in ("epoch", "batch", "step"))
-        self._history, self._best, self._seconds = saved["history"], saved["best"], saved["seconds"]
+        self._position = Position(**saved["position"])
+        self._history, self._best, self._seconds = saved["history"], saved["best"], self._seconds | saved["seconds"]
         for name, value in self._sums.items():
             value.copy_(saved["sums"][name])
+        for step in self._steps:
+            step.forget()
+        if self._captures:
+            self._rates.at.fill_(self.step)
         self._guard.load(saved["guard"])
         self._finite.load(saved["finite"])
         torch.set_rng_state(saved["rng"])

@@ -184,7 +184,7 @@ def seen_by(out_dir: Path, **more: Any) -> list[dict[str, Any]]:
         if len(x):
             learn(run, x, y)
         else:  # in a real run the other processes' gradients come here
-            run.step += 1
+            run._position.step += 1
             run._sums["seen"] += 1
     return found
 

@@ -44,7 +44,6 @@ def refused(result, status: int, *words: str) -> None:
     ("train_fgsm_rs", ("--precision", "bf16"), ("--precision bf16", "fp32")),
     ("train_fgsm_sdi", ("--k", "0"), ("--k 0", "at least 1")),
     ("train_pgd_at", ("--steps", "0"), ("--steps 0", "at least 1")),
-    ("train_fgsm_ga", ("--compile",), ("--compile", "second derivative")),
     ("test_FGSM_SDI", (), ("--model-path",)),
 ])
 def test_misuse(script, flags, words, tiny):

@@ -183,7 +183,7 @@ class Lives:
         def counted(run: engine.Run, *arguments: Any, **named: Any) -> None:
             shared[0] = PHASES.index("training")
             update(run, *arguments, **named)
-            shared[1] = run.step
+            shared[1] = run._position.step
 
         patch.setattr(record, "_commit", lambda: {"commit": None, "dirty": True})
         patch.setattr(engine.Run, "update", counted)

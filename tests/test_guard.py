@@ -142,7 +142,7 @@ def test_the_training_loss_asks_for_a_test(tiny, monkeypatch):
     test, update = guard.Guard._test, engine.Run.update
     monkeypatch.setattr(guard.Guard, "_test", lambda self, run: tests.append(run.step) or test(self, run))
     for how, asked in {"slow": [], "sudden": [11]}.items():
-        monkeypatch.setattr(engine.Run, "update", lambda run, loss, **more: update(run, (loss - loss.detach() + factor[how](run.step)), **more))
+        monkeypatch.setattr(engine.Run, "update", lambda run, loss, **more: update(run, (loss - loss.detach() + factor[how](run._position.step)), **more))
         tiny.train("train_fgsm_rs", "--width", 4, "--epochs", 3)
         assert tests == asked
         tests.clear()
@@ -323,7 +323,7 @@ def bad_updates(*steps, of_classifier=True):
     update = engine.Run.update
 
     def spoilt(run, loss, optimizer=None, **more):
-        if run.step in steps and (optimizer is None) == of_classifier:
+        if run._position.step in steps and (optimizer is None) == of_classifier:
             for name, buffer in run.network.named_buffers():
                 if buffer.is_floating_point():
                     buffer.data.fill_(float("nan"))  # not noticed by the backward pass
@@ -442,7 +442,7 @@ def judged(self, run, reading):
     return judge(self, run, reading)
 
 def spoilt(run, loss, **more):
-    update(run, loss * float("nan") if run.step == 1 and distributed.rank() == 1 else loss, **more)
+    update(run, loss * float("nan") if run._position.step == 1 and distributed.rank() == 1 else loss, **more)
 
 guard.Guard._judge, engine.Run.update = judged, spoilt
 sys.argv = sys.argv[1:]

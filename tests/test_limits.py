@@ -128,7 +128,7 @@ def first_draw(noise) -> Callable[..., Tensor]:
     """For Run.uniform and Run.normal: noise for images is the batch's first, whatever a script drew before it."""
     def drawn(run, x):
         if x.ndim == 4:
-            data.noise_generator(run._generator, run.cfg.seed, run.epoch * len(run._data) + run.batch)
+            data.noise_generator(run._generator, run.cfg.seed, run._position.epoch * len(run._data) + run._position.batch)
         return noise(run, x)
     return drawn
 

@@ -97,7 +97,7 @@ def stopped_before(step, how):
     update = engine.Run.update
 
     def stopping(run, *arguments, **named):
-        if run.step == step:
+        if run._position.step == step:
             how(run)
         update(run, *arguments, **named)
 

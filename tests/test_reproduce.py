@@ -280,3 +280,15 @@ def test_every_device_is_used_and_none_twice_at_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(runner.Job, "do", do)
     jobs = [DIGITS.job(ROWS[0], seed, TINY, tmp_path, tmp_path) for seed in range(6)]
     assert runner.do_all(jobs, tmp_path, ["cuda:0", "cuda:1"]) == [] and seen == {"cuda:0", "cuda:1"}
+
+
+def test_the_fast_path_of_every_table(capsys):
+    """The same runs, under the same names; each script takes the flag, with which it trains on one GPU as recorded."""
+    for name, table in EVERY:
+        reproduce.main(["run", name, "--dataset", table.dataset, "--print"])
+        plain = capsys.readouterr().out.splitlines()
+        reproduce.main(["run", name, "--dataset", table.dataset, "--print", "--compile"])
+        for line, fast in zip(plain, capsys.readouterr().out.splitlines(), strict=True):
+            script, *flags = fast.split()[1:]
+            cfg = importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags)
+            assert cfg.compile and fast.replace(" --compile", "") == line

@@ -44,7 +44,7 @@ def at_update(step: int, event: Callable[[], None]) -> Iterator[None]:
     update = engine.Run.update
 
     def watched(run, loss, optimizer=None, **more):
-        if run.step == step and optimizer in (None, run.optimizer):
+        if run._position.step == step and optimizer in (None, run.optimizer):
             event()
         update(run, loss, optimizer, **more)
 
@@ -172,7 +172,7 @@ def half_a_save(content, file):
     wait()
 
 def half_an_epoch(run, *arguments, **named):
-    if run.step == 10 and mode == "epoch":
+    if run._position.step == 10 and mode == "epoch":
         wait()
     update(run, *arguments, **named)
 
@@ -239,7 +239,7 @@ def test_what_resume_does(resume, saved, updates, tiny, monkeypatch, differences
             tiny.train(*flags, "--save-every", 0, out_dir=out_dir)
 
     def counted(run, *arguments, **named):
-        done.append(run.step)
+        done.append(run._position.step)
         update(run, *arguments, **named)
 
     monkeypatch.setattr(engine.Run, "update", counted)
@@ -323,10 +323,10 @@ def test_weights_do_not_depend_on_autoattack(tiny, monkeypatch, differences):
     update, attacked = engine.Run.update, []
 
     def attacking(run, *arguments, **named):
-        if run.step in (0, 9) and run.step not in attacked:
-            attacked.append(run.step)
+        if run._position.step in (0, 9) and run._position.step not in attacked:
+            attacked.append(run._position.step)
             x, y = torch.from_numpy(run.dataset.x_test[:8]), torch.from_numpy(run.dataset.y_test[:8])
-            evaluate.auto_attack(run.network, x, y, columns=("apgd",), eps=0.1, seed=run.step, batch_size=8,
+            evaluate.auto_attack(run.network, x, y, columns=("apgd",), eps=0.1, seed=run._position.step, batch_size=8,
                                  path=tiny.directory / "autoattack.pth", log=lambda line: None)
         update(run, *arguments, **named)
 

@@ -419,11 +419,11 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
             if found.keys() != theirs.keys():
                 raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
             for quantity in theirs:
-                differences.add(self.step, quantity, found[quantity], theirs[quantity])
+                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
             differences.losses.append({"ours": loss.item(), "published": float(theirs["classifier loss"][""])})
             largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-            print(f"step {self.step:3d}  loss {loss.item():.6f}  largest relative difference so far {largest:.2e}", flush=True)
-            if self.step == steps:
+            print(f"step {self._position.step:3d}  loss {loss.item():.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            if self._position.step == steps:
                 raise Enough
 
     n = BATCH * (experiment.per_epoch - 1) + SHORT

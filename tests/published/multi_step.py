@@ -544,12 +544,12 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
             if found.keys() != theirs.keys():
                 raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
             for quantity in theirs:
-                differences.add(self.step, quantity, found[quantity], theirs[quantity])
+                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
             differences.losses.append({"ours": self.loss, "published": float(theirs["classifier loss"][""])})
-            if self.step % 10 == 0 or self.step == steps:
+            if self._position.step % 10 == 0 or self._position.step == steps:
                 largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-                print(f"step {self.step:3d}  loss {self.loss:.6f}  largest relative difference so far {largest:.2e}", flush=True)
-            if self.step == steps:
+                print(f"step {self._position.step:3d}  loss {self.loss:.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            if self._position.step == steps:
                 raise Enough
 
     images(experiment.n, experiment.saturated, data)

@@ -480,11 +480,11 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
             if found.keys() != theirs.keys():
                 raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
             for quantity in theirs:
-                differences.add(self.step, quantity, found[quantity], theirs[quantity])
+                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
             differences.losses.append({"ours": loss.item(), "published": float(theirs["classifier loss"][""])})
             largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-            print(f"step {self.step:3d}  loss {loss.item():.6f}  largest relative difference so far {largest:.2e}", flush=True)
-            if self.step == steps:
+            print(f"step {self._position.step:3d}  loss {loss.item():.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            if self._position.step == steps:
                 raise Enough
 
     class Visiting(Watched):
@@ -495,10 +495,10 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
                 pipe.send((file["x_train"].transpose(0, 3, 1, 2) / 255, file["y_train"]))
             self.written = torch.zeros(n, dtype=torch.bool)  # since the memory started anew
             for x, y, index in super(Watched, self).batches():
-                if self.batch == 0:
-                    self.noise = 2 * torch.rand(n, *self.shape, generator=torch.Generator().manual_seed(self.epoch)) - 1
+                if self._position.batch == 0:
+                    self.noise = 2 * torch.rand(n, *self.shape, generator=torch.Generator().manual_seed(self._position.epoch)) - 1
                     pipe.send(self.noise.numpy())
-                    if self.epoch % self.cfg.reset == 0:
+                    if self._position.epoch % self.cfg.reset == 0:
                         self.written[:] = False
                 self.index = index
                 pipe.send((index.numpy(), self.crops()))

@@ -511,7 +511,7 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
 
         @property
         def lr(self) -> float:
-            return super().lr * (0.1 if "twice decayed" in changes and self.step in self.drops else 1)
+            return super().lr * (0.1 if "twice decayed" in changes and self._position.step in self.drops else 1)
 
         def keep(self, **objects: Any) -> None:
             super().keep(**objects)
@@ -565,7 +565,7 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
         def update(self, loss: torch.Tensor, optimizer: Any = None, **rest: Any) -> None:
             super().update(loss, optimizer, **rest)
             self.losses["classifier" if optimizer is None else "strategy"] = loss.item()
-            if "late average" in changes and self.step == 1:
+            if "late average" in changes and self._position.step == 1:
                 self.average.load_state_dict(self.network.state_dict())
 
         def _everything(self, local: dict[str, Any]) -> dict[str, Any]:
@@ -599,7 +599,7 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
             return rewards
 
         def _note_pull(self, strays: float) -> None:
-            pulls = self.cfg.stride < self.epoch < self.cfg.epochs - self.cfg.stride
+            pulls = self.cfg.stride < self._position.epoch < self.cfg.epochs - self.cfg.stride
             pulled = "inside_gamma" if abs(strays) <= self.cfg.gamma else "pulled_down" if strays > 0 else "pulled_up"
             what = pulled if pulls else "nothing_may_pull"
             notes[what] = notes.get(what, 0) + 1
@@ -609,11 +609,11 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
             if found.keys() != theirs.keys():
                 raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
             for quantity in theirs:
-                differences.add(self.step, quantity, found[quantity], theirs[quantity])
+                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
             differences.losses.append({"ours": self.losses["classifier"], "published": float(theirs["classifier loss"][""])})
             largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-            print(f"step {self.step:3d}  loss {self.losses['classifier']:.6f}  largest relative difference so far {largest:.2e}", flush=True)
-            if self.step == steps:
+            print(f"step {self._position.step:3d}  loss {self.losses['classifier']:.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            if self._position.step == steps:
                 raise Enough
 
     created: list[Watched] = []
