@@ -7,12 +7,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engine.errors import Failure, one_sentence
 from experiments import detector, show, side_by_side, tables
 
 ROOT = Path(__file__).resolve().parent.parent
+FORWARD = 1.11e9  # operations of ResNet18's forward pass on a CIFAR image
 
 
 def between(text: str, name: str, content: str) -> str:
@@ -112,21 +115,56 @@ def cpu() -> str:
             f"median of {report['rounds']} rounds in which all take turns.")
 
 
+def throughput() -> str:
+    """Images per second of every method, in Markdown: a table per device and set of flags."""
+    parts = []
+    for path in sorted((ROOT / "results" / "benchmarks").glob("throughput*.json")):
+        report = json.loads(path.read_text())
+        if report["dirty"]:
+            raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+        columns = {  # title: what is shown of a row
+            "passes' worth": lambda row: f"{row['operations_per_image'] / FORWARD:.1f}", "images per second": lambda row: f"{row['images_per_second']:.4g}",
+            "seconds an epoch": lambda row: f"{row['seconds_per_epoch']:.3g}", "seconds before": lambda row: f"{row['seconds_before']:.0f}",
+            "peak memory, GB": lambda row: f"{row['peak_memory_bytes'] / 1e9:.1f}",
+            "arithmetic floor": lambda row: f"{100 * row['fraction_of_arithmetic_floor']:.0f} %", "memory floor": lambda row: f"{100 * row['fraction_of_memory_floor']:.0f} %",
+            "times published FGSM-SDI": lambda row: f"{row['times_the_published_fgsm_sdi']:.2f}"}
+        cells = {label: [] for label in report["rows"]}
+        for title, shown in list(columns.items()):
+            for label, row in report["rows"].items():
+                try:
+                    cells[label].append(shown(row))
+                except KeyError:  # not measured, or there is no such floor
+                    cells[label].append("")
+            if not any(several[-1] for several in cells.values()):
+                del columns[title]
+                for several in cells.values():
+                    several.pop()
+        parts.append("| method | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns) + "\n"
+                     + "\n".join(f"| {label} | " + " | ".join(several) + " |" for label, several in cells.items())
+                     + f"\n\nResNet18, batch 128, real CIFAR-10 images{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
+                     f"after {report['warm_up']}; {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo-digits": lambda: demo("digits"), "demo-cifar": lambda: demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu},
+    "docs/methods.md": {"fidelity": fidelity, "demo-digits-all": lambda: demo("digits", "digits-all"), "demo-cifar-all": lambda: demo("cifar-all")},
+    "docs/processes.md": {"equality": processes},
+    "docs/guard.md": {"detector": detector.rendered},
+    "docs/tables.md": {f"table-{name}": partial(small, name) for name in ("II", "III", "IV", "V")},
+    "docs/performance.md": {"throughput": throughput},
+}
+"""What stands between which markers of which page."""
+
+
 def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    pages = {
-        "README.md": {"demo-digits": demo("digits"), "demo-cifar": demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu()},
-        "docs/methods.md": {"fidelity": fidelity(), "demo-digits-all": demo("digits", "digits-all"), "demo-cifar-all": demo("cifar-all")},
-        "docs/processes.md": {"equality": processes()},
-        "docs/guard.md": {"detector": detector.rendered()},
-        "docs/tables.md": {f"table-{name}": small(name) for name in ("II", "III", "IV", "V")},
-    }
-    for page, tables in pages.items():
+    for page, contents in PAGES.items():
         text = (ROOT / page).read_text()
-        for name, content in tables.items():
-            text = between(text, name, content)
+        for name, content in contents.items():
+            text = between(text, name, content())
         (ROOT / page).write_text(text)
-        print(f"{page}: {', '.join(tables)}")
+        print(f"{page}: {', '.join(contents)}")
 
 
 if __name__ == "__main__":

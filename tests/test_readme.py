@@ -66,14 +66,12 @@ def test_linked_files_exist() -> None:
             assert (ROOT / target).is_file(), target
 
 
-def test_tables_are_rendered_from_the_results() -> None:
-    for page in ("README.md", "docs/methods.md"):
-        text = (ROOT / page).read_text()
-        for name in re.findall(r"<!-- ([a-z-]+) -->", text):
-            content = {"demo-digits": lambda: render.demo("digits"), "demo-digits-all": lambda: render.demo("digits", "digits-all"),
-                       "demo-cifar-all": lambda: render.demo("cifar-all"), "cpu-step": render.cpu, "fidelity": render.fidelity,
-                       "demo-cifar": lambda: render.demo("cifar") + "\n\n" + render.gaps("cifar")}[name]()
-            assert render.between(text, name, content) == text, f"{page}: {name} is not what results/ say; run make readme"
+@pytest.mark.parametrize("page", render.PAGES)
+def test_tables_are_rendered_from_the_results(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert set(re.findall(r"<!-- ([A-Za-z-]+) -->", text)) == set(render.PAGES[page])
+    for name, content in render.PAGES[page].items():
+        assert render.between(text, name, content()) == text, f"{page}: {name} is not what results/ say; run make readme"
 
 
 def test_a_number_from_a_changed_tree_is_not_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +86,27 @@ def test_a_number_from_a_changed_tree_is_not_rendered(tmp_path: Path, monkeypatc
     (folder / source.name).write_text(json.dumps(run))
     with pytest.raises(Failure, match="measure them again"):
         render.demo("digits")
+
+
+def test_throughput_shows_what_was_measured_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "results" / "benchmarks"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    assert render.throughput() == "Not measured yet."
+    measured = {"images_per_second": 100.0, "seconds_per_epoch": 500.0, "seconds_before": 3.0, "peak_memory_bytes": 2e9, "operations_per_image": 5.55e9}
+    report = {"flags": "--compile", "batches": 9, "warm_up": 4, "device": "a device", "dirty": False, "commit": "c" * 40, "versions": {"torch": "2.6"},
+              "rows": {"FGSM-RS": measured, "FAT": {"failed": "an error"}}}
+    (folder / "throughput.json").write_text(json.dumps(report))
+    lines = render.throughput().splitlines()
+    assert lines[0] == "| method | passes' worth | images per second | seconds an epoch | seconds before | peak memory, GB |"
+    assert lines[2:4] == ["| FGSM-RS | 5.0 | 100 | 500 | 3 | 2.0 |", "| FAT |  |  |  |  |  |"]
+    assert "--compile; 5 batches after 4; a device, torch 2.6, commit cccccccccc" in lines[-1]
+    report["rows"]["FGSM-RS"] |= {"fraction_of_arithmetic_floor": 0.35}
+    (folder / "throughput.json").write_text(json.dumps(report))
+    assert render.throughput().splitlines()[0].endswith("| arithmetic floor |") and "| 35 % |" in render.throughput()
+    (folder / "throughput.json").write_text(json.dumps(report | {"dirty": True}))
+    with pytest.raises(Failure, match="measure it again"):
+        render.throughput()
 
 
 def test_cell_shows_range_or_interval() -> None:
