@@ -148,7 +148,7 @@ def auto_attack(
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     try:
-        with torch.random.fork_rng():  # the attacks reseed torch globally
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), frozen(model):  # they reseed torch globally, and FAB calls backward()
             runner = AutoAttack(model, eps=eps, seed=seed, device=next(model.parameters()).device)
             runner.attacks_to_run = [attack]
             x_adv, predicted = runner.run_standard_evaluation(x.contiguous(), y, batch_size=batch_size)  # it flattens by view

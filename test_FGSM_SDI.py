@@ -3,7 +3,8 @@
 Clean accuracy; FGSM, PGD-10, -20 and -50 (one restart, random start); C&W (20 steps on the margin); APGD and AutoAttack
 (standard version, by pyautoattack, one attack at a time: an interrupted evaluation continues). The verdict is fp32, in
 eval mode, on inputs in [0, 1]. Writes evaluation.json, a verdict per image, the adversarial images, and the claim card:
-checks without which the numbers are not to be trusted (docs/claim-card.md).
+checks without which the numbers are not to be trusted (docs/claim-card.md). Under torchrun every process takes its part
+of the images.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import card, checkpoint, data, evaluate, foreign, record
+from engine import card, checkpoint, data, distributed, evaluate, foreign, record
 from engine.config import Parser
 from engine.errors import Misuse, one_sentence
 from engine.run import chosen_device, keep_freed_memory
@@ -39,7 +40,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attacks", default=",".join(evaluate.COLUMNS), help=f"columns to measure (default: {','.join(evaluate.COLUMNS)})")
     parser.add_argument("--n-ex", type=int, help="the first N test images only (default: all); sets sorted by class are in a fixed random order")
     parser.add_argument("--card-n", type=int, default=256, help="images of the claim card, at least 100; 0: no card (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=500, help="images per batch (default: 500)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: as many as the evaluation had that is continued; 500 on the CPU; "
+                        f"on a GPU what half of its free memory holds, up to {evaluate.LARGEST_BATCH})")
+    parser.add_argument("--compile", action="store_true", help="let the attacks search with the compiled network; the verdict is the plain one's. "
+                        "Has never been run on a GPU so far")
     parser.add_argument("--seed", type=int, default=0, help="of the random starts and of AutoAttack (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--out-dir", help="where the results go (default: beside the checkpoint, in <name>-evaluation/)")
@@ -57,10 +61,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict:
-    """Evaluates, prints, writes; returns what it wrote to evaluation.json."""
+    """Evaluates, prints, writes; returns what it wrote to evaluation.json. Of torchrun's processes the first one does, and the others return {}."""
     began = time.perf_counter()
     columns = evaluate.columns_named(args.attacks)
-    device = chosen_device(args.device)
+    device = distributed.start(chosen_device(args.device), seldom=True)
+    leads = distributed.rank() == 0
     if device.type == "cpu":
         keep_freed_memory()
     path = Path(args.model_path)
@@ -68,7 +73,8 @@ def main(args: argparse.Namespace) -> dict:
 
     said = {key: value for key, value in foreign.read(path).items() if isinstance(value, (int, float, str))}
     name = args.dataset or said.get("dataset") or suitable_dataset(path, args.which)
-    dataset = data.load(name, args.data_dir, said.get("image_size"))
+    with distributed.first_process_first():
+        dataset = data.load(name, args.data_dir, said.get("image_size"))
     n = min(args.n_ex or len(dataset.x_test), len(dataset.x_test))
     x, y = torch.from_numpy(dataset.pixels(dataset.x_test[:n])), torch.from_numpy(dataset.y_test[:n])
     model, report = foreign.load(
@@ -81,25 +87,37 @@ def main(args: argparse.Namespace) -> dict:
     if isinstance(epsilon, str) or not 0 < epsilon <= 255:
         raise Misuse(f"the radius {epsilon}, of --epsilon or of {path}: must be a number of 255ths, above 0 and up to 255; give --epsilon")
     alpha = args.pgd_alpha or epsilon / 4
-    settings = dict(eps=epsilon / 255, seed=args.seed, batch_size=args.batch_size)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
+    saved = out_dir / "autoattack.pth"
+    settings = dict(eps=epsilon / 255, seed=args.seed, batch_size=args.batch_size or evaluate.batch_size_for(model, x, y, saved))
+    if leads:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
 
     plain = [column for column in columns if column not in evaluate.AUTOATTACK_COLUMNS]
     found: dict[str, torch.Tensor] = {}
     seconds = {"loading": time.perf_counter() - began}
-    if plain:
+    search = None
+    if args.compile:
         began = time.perf_counter()
-        with tqdm(total=n, desc=", ".join(plain), unit="image", disable=None) as bar:
-            found.update(evaluate.verdicts(model, x, y, columns=plain, alpha=alpha / 255, progress=bar.update, **settings))
+        search = evaluate.Compiled(model, x[:settings["batch_size"]], y[:settings["batch_size"]])
+        seconds["compilation"] = time.perf_counter() - began
+    if plain:
+        began, part = time.perf_counter(), distributed.shard(n)
+        with tqdm(total=len(x[part]), desc=", ".join(plain), unit="image", disable=None if leads else True) as bar:
+            mine = evaluate.verdicts(model, x[part], y[part], columns=plain, alpha=alpha / 255, first=part.start,
+                                     search=search, progress=bar.update, **settings)
+        found.update({column: distributed.gathered(standing, n) for column, standing in mine.items()})
         seconds["pgd"] = time.perf_counter() - began
     if len(plain) < len(columns):
         began = time.perf_counter()
-        found.update(evaluate.auto_attack(model, x, y, columns=columns, path=out_dir / "autoattack.pth", log=print_progress, **settings))
+        found.update(evaluate.auto_attack(model, x, y, columns=columns, path=saved, search=search,
+                                          log=print_progress if leads else lambda line: None, **settings))
         seconds["autoattack"] = time.perf_counter() - began
+    if not leads:
+        return {}
 
     claim = card.build(model, x, y, found=found, n=args.card_n, classes=dataset.classes, alpha=alpha / 255, **settings,
-                       saved=out_dir / "autoattack.pth" if len(plain) < len(columns) else None)
+                       saved=saved if len(plain) < len(columns) else None)
     seconds["card"] = claim["seconds"]
 
     with evaluate.trustworthy():  # so that what is written is as it was while measuring
@@ -108,7 +126,8 @@ def main(args: argparse.Namespace) -> dict:
         "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
         "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
         "test_order": "a fixed permutation of the files" if dataset.shuffled else "of the files",
-        "seed": args.seed, "batch_size": args.batch_size, "metrics": evaluate.metrics(found),
+        "seed": args.seed, "batch_size": settings["batch_size"], "compiled": args.compile, "processes": distributed.world(),
+        "metrics": evaluate.metrics(found),
         "card": claim, "warnings": card.warnings(claim, n, len(dataset.x_test)), "verdicts": "verdicts.npz",
         "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **provenance,
     }
@@ -145,5 +164,5 @@ def show(content: dict, out_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with distributed.leaving(), one_sentence():
         main(parse())

@@ -6,21 +6,35 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 import torch.distributed as dist
 
+from engine.errors import Misuse
 
-def start(device: torch.device) -> torch.device:
-    """Joins the process group when torchrun started this process; returns the device this process is to use."""
+
+def start(device: torch.device, *, seldom: bool = False) -> torch.device:
+    """Joins the process group when torchrun started this process; returns the device this process is to use.
+
+    Args:
+        seldom: the processes meet after hours, in which one may have been much slower than another, and exchange tensors on
+            the CPU only, whatever their device: for evaluation. They then wait for each other for up to a day.
+
+    Raises:
+        Misuse: more processes than GPUs.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (count := torch.cuda.device_count()):
+            raise Misuse(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: every process needs a GPU, and this machine has {count}; "
+                         "start fewer, or give --device cpu")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" and not seldom else "gloo", timeout=timedelta(days=1) if seldom else None)
     return device
 
 
@@ -124,6 +138,25 @@ def gathered(part: Tensor, n: int) -> Tensor:
     return summed(whole, len(part) / n or NO_SHARE).to(part.dtype)
 
 
+def collected(rows: Tensor) -> Tensor:
+    """On the first process all processes' rows (n, ...), in the processes' order; on another its own. On the CPU, under `seldom`."""
+    if not dist.is_initialized():
+        return rows
+    counts = torch.zeros(world(), dtype=torch.int64)
+    counts[rank()] = len(rows)
+    dist.all_reduce(counts)
+    if rank() > 0:
+        if len(rows):
+            dist.send(rows.contiguous(), 0)
+        return rows
+    parts = [rows]
+    for source, count in enumerate(counts.tolist()):
+        if source and count:
+            parts.append(rows.new_empty((count, *rows.shape[1:])))
+            dist.recv(parts[-1], source)
+    return torch.cat(parts)
+
+
 def most(value: int, device: torch.device) -> int:
     """The largest value on any process."""
     if not dist.is_initialized():
@@ -144,3 +177,13 @@ def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The other processes go through the block when the first one has: it makes the files that they then find."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()

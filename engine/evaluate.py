@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
-from engine import checkpoint, record
+from engine import checkpoint, distributed, record
 from engine.data import evaluation_generator, to_images
 from engine.errors import Failure, Misuse
 from utils import eval_mode
@@ -28,7 +28,7 @@ def trustworthy():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the default, without its warning where there are several
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -36,7 +36,7 @@ def trustworthy():
 
 def verdicts(
     model: nn.Module, x: Tensor, y: Tensor, *, columns: Sequence[str], eps: float, alpha: float, seed: int,
-    batch_size: int, progress: Callable[[int], None] | None = None,
+    batch_size: int, first: int = 0, search: nn.Module | None = None, progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Which images are still classified as y under each attack. AutoAttack's columns are `auto_attack`'s.
 
@@ -45,15 +45,20 @@ def verdicts(
     Args:
         x: (N, H, W, C) uint8; y: (N,) int64.
         eps, alpha: fractions of 1; alpha is PGD's and C&W's step.
+        first: how many images of the set stand before x[0], where another process measures those.
+        search: `model` in a faster form, in which the attacks look; the verdict is `model`'s.
         progress: called with the number of images done.
 
     Returns:
         For each column (N,) bool on the CPU.
     """
-    weight = next(model.parameters())
+    weight, search = next(model.parameters()), model if search is None else search
     device = weight.device
     starts = {name: evaluation_generator(seed, stream) for stream, name in enumerate(("fgsm", "pgd", "cw"))}
     lengths = sorted(int(column[3:]) for column in columns if column.startswith("pgd"))
+    for name in {"pgd" if column.startswith("pgd") else column for column in columns} & starts.keys():
+        for passed in range(0, first, batch_size):  # the other images' numbers
+            torch.rand((min(batch_size, first - passed), *x.shape[1:]), generator=starts[name])
     found: dict[str, list[Tensor]] = {column: [] for column in columns}
     with trustworthy(), eval_mode(model):
         for part_x, part_y in zip(x.split(batch_size), y.split(batch_size)):
@@ -68,14 +73,14 @@ def verdicts(
             if "clean" in columns:
                 judge("clean", 0.0)
             if "fgsm" in columns:
-                judge("fgsm", attacks.pgd(model, images, labels, eps=eps, alpha=eps, steps=1, start=start("fgsm")))
+                judge("fgsm", attacks.pgd(search, images, labels, eps=eps, alpha=eps, steps=1, start=start("fgsm")))
             delta, done = start("pgd") if lengths else None, 0
             for length in lengths:  # PGD-20 goes on where PGD-10 stopped
-                delta = attacks.pgd(model, images, labels, eps=eps, alpha=alpha, steps=length - done, start=delta)
+                delta = attacks.pgd(search, images, labels, eps=eps, alpha=alpha, steps=length - done, start=delta)
                 judge(f"pgd{length}", delta)
                 done = length
             if "cw" in columns:
-                judge("cw", attacks.pgd(model, images, labels, eps=eps, alpha=alpha, steps=20, start=start("cw"), loss=attacks.margin))
+                judge("cw", attacks.pgd(search, images, labels, eps=eps, alpha=alpha, steps=20, start=start("cw"), loss=attacks.margin))
             if progress:
                 progress(len(labels))
     return {column: torch.cat(parts) for column, parts in found.items()}
@@ -83,46 +88,71 @@ def verdicts(
 
 def auto_attack(
     model: nn.Module, x: Tensor, y: Tensor, *, columns: Sequence[str], eps: float, seed: int, batch_size: int,
-    path: Path, log: Callable[[str], None],
+    path: Path, log: Callable[[str], None], search: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """The columns apgd and aa, one attack at a time, saved after each: an interrupted evaluation continues.
 
+    Before each attack the images that are still standing are dealt out to torchrun's processes, however many went on before.
+
     Args:
-        x, y, eps, seed, batch_size: as for `verdicts`.
-        path: the file that holds, after each attack, the verdicts and the adversarial images.
+        x, y: all images, on every process; eps, seed, batch_size, search: as for `verdicts`. What is found counts where `model`
+            is fooled, too.
+        path: the file in which the first process leaves, after each attack, the verdicts and the adversarial images.
 
     Returns:
         For each of the columns asked for, (N,) bool on the CPU.
     """
     wanted = attacks.AUTOATTACK if "aa" in columns else attacks.AUTOATTACK[:1]
-    images = to_images(x).contiguous()
+    images, leads, device = to_images(x).contiguous(), distributed.rank() == 0, next(model.parameters()).device
+
+    def stand(points: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([(attacks.predict(model, part.to(device)) == label.to(device)).cpu()
+                          for part, label in zip(points.split(batch_size), labels.split(batch_size))])
+
+    def attacked(points: Tensor, labels: Tensor, attack: str) -> tuple[Tensor, Tensor]:
+        """Adversarial images, and which still stand."""
+        x_adv, still = (found.cpu() for found in attacks.auto_attack(
+            model if search is None else search, points, labels, attack=attack, eps=eps, seed=seed, batch_size=batch_size,
+            log=lambda line: log(line) if "successfully" in line or line.startswith("warning") else None))
+        if search is not None and not still.all():
+            still[~still] = stand(x_adv[~still], labels[~still])
+        return x_adv, still
+
     with trustworthy(), eval_mode(model):
         identity = _fingerprint(model, x, y, eps, seed, batch_size)
-        state = _load_attacks(path, identity, log)
-        if state is None:
-            device = next(model.parameters()).device
-            clean = torch.cat([(attacks.predict(model, part.to(device)) == label.to(device)).cpu()
-                               for part, label in zip(images.split(batch_size), y.split(batch_size))])
-            state = {"identity": identity, "standing": {"clean": clean}, "x_adv": images.clone()}
-        standing = state["standing"]["clean"].clone()
-        for attack in attacks.AUTOATTACK:
-            if attack in state["standing"]:
-                standing = state["standing"][attack].clone()
-            elif attack in wanted:
-                which = standing.nonzero().squeeze(1)
+        state = (_load_attacks(path, identity, log) if leads else None) or {
+            "identity": identity, "batch_size": batch_size, "standing": {}, "x_adv": images.clone()}
+        verdict = state["standing"] = _of_first(state["standing"], len(x))
+        if "clean" not in verdict:
+            part = distributed.shard(len(x))
+            verdict["clean"] = distributed.gathered(stand(images[part], y[part]), len(x))
+        standing = verdict["clean"]
+        for attack in wanted:
+            if attack not in verdict:
+                which, verdict[attack] = standing.nonzero().squeeze(1), standing.clone()
                 if len(which):
-                    x_adv, still = attacks.auto_attack(
-                        model, images[which], y[which], attack=attack, eps=eps, seed=seed, batch_size=batch_size,
-                        log=lambda line: log(line) if "successfully" in line or line.startswith("warning") else None)
-                    state["x_adv"][which[~still]] = x_adv[~still].cpu()
-                    standing[which] = still.cpu()
-                state["standing"][attack] = standing.clone()
-                checkpoint.save(state, path)
+                    mine = which[distributed.shard(len(which))]
+                    x_adv, still = attacked(images[mine], y[mine], attack) if len(mine) else (images[mine], standing[mine])
+                    verdict[attack][which] = distributed.gathered(still, len(which))
+                    fooled = distributed.collected(x_adv[~still])
+                    if leads:
+                        state["x_adv"][standing & ~verdict[attack]] = fooled
+                if leads:
+                    checkpoint.save(state, path)
+            standing = verdict[attack]
             log(f"after {attack}: robust accuracy {100 * standing.float().mean():.2f} %")
-            if attack == wanted[-1]:
-                break
-    return {column: state["standing"][{"apgd": "apgd-ce", "aa": "square"}[column]]
-            for column in columns if column in AUTOATTACK_COLUMNS}
+    return {column: verdict[{"apgd": "apgd-ce", "aa": "square"}[column]] for column in columns if column in AUTOATTACK_COLUMNS}
+
+
+def _of_first(verdicts: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The first process's (n,) verdicts of the attacks that are done, on every process."""
+    names, absent = ("clean", *attacks.AUTOATTACK), 2
+    table = torch.full((len(names), n), absent, dtype=torch.uint8)
+    for row, name in zip(table, names):
+        if name in verdicts:
+            row.copy_(verdicts[name])
+    distributed.copy_from_first([table])
+    return {name: row.bool() for row, name in zip(table, names) if row[0] != absent}
 
 
 def _fingerprint(model: nn.Module, x: Tensor, y: Tensor, *settings: float) -> str:
@@ -158,6 +188,70 @@ def columns_named(text: str) -> tuple[str, ...]:
             raise Misuse(f"{name!r} is no column of the evaluation: allowed are {', '.join(COLUMNS)}, and pgdN for any N")
     order = [*COLUMNS[:2], *sorted({n for n in names if n.startswith("pgd")}, key=lambda n: int(n[3:])), *COLUMNS[5:]]
     return tuple(name for name in order if name in names)
+
+
+class Compiled(nn.Module):
+    """`model` by torch.compile, to search with. Every batch is filled up to a multiple of a quarter of the largest: at most eight graphs.
+
+    `model` itself is frozen for good: a compiled network computes the gradients of all weights that could ask for one.
+
+    Args:
+        x: (N, H, W, C) uint8; y: (N,) int64: a batch of the largest size.
+
+    Raises:
+        Failure: it cannot be compiled, or its logits or its gradients are not the plain network's.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, backend: str | Callable = "inductor") -> None:
+        super().__init__()
+        self.quarter = -(-len(x) // 4)
+        self.graphs = torch.compile(model.requires_grad_(False), dynamic=False, backend=backend)
+        weight = next(model.parameters())
+        images, labels = to_images(x.to(weight.device), weight.dtype), y.to(weight.device)
+        try:
+            with trustworthy(), eval_mode(model), torch.no_grad():
+                pairs = {"logits": [network(images) for network in (model, self)],
+                         "gradients": [attacks.input_gradient(network, images, labels) for network in (model, self)]}
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise Failure(f"the network cannot be compiled here ({' '.join(str(error).splitlines()[:2])}): leave out --compile") from error
+        for name, (plain, ours) in pairs.items():
+            if not (difference := ((ours - plain).abs().max() / plain.abs().max()).item()) < 1e-3:  # nan, too
+                raise Failure(f"the compiled network's {name} differ from the plain one's by {difference:.1e} of the largest: leave out --compile")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, classes)."""
+        missing = max(1, -(-len(x) // self.quarter)) * self.quarter - len(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):  # a graph of its own for each, and for each memory layout
+            return self.graphs(torch.cat([x, x.new_zeros(missing, *x.shape[1:])]).contiguous())[:len(x)]
+
+
+LARGEST_BATCH = 1024  # so that an attack has several batches to report of
+
+
+def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, path: Path) -> int:
+    """How many images per batch, where nobody said: the same on every process.
+
+    As many as the evaluation had that `path` continues; otherwise 500 on the CPU, and on a GPU the power of two, up to
+    `LARGEST_BATCH`, that half of its free memory holds.
+    """
+    device, batch_size = next(model.parameters()).device, 500
+    if device.type == "cuda":
+        images, labels, before = to_images(x[:64].to(device)), y[:64].to(device), torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        with trustworthy(), eval_mode(model):
+            attacks.input_gradient(model, images, labels)
+        each = (torch.cuda.max_memory_allocated(device) - before) / len(images)
+        batch_size = power_of_two(torch.cuda.mem_get_info(device)[0] / 2 / each)
+    chosen = torch.tensor(-distributed.most(-batch_size, torch.device("cpu")))
+    with suppress(Exception):  # there is none, or it is damaged, as `auto_attack` will say
+        chosen.fill_(checkpoint.load(path)["batch_size"])
+    distributed.copy_from_first([chosen])
+    return int(chosen)
+
+
+def power_of_two(most: float) -> int:
+    """The largest one that is not above `most`, from 1 to `LARGEST_BATCH`."""
+    return min(LARGEST_BATCH, 1 << max(0, int(most).bit_length() - 1))
 
 
 def check_finite(model: nn.Module, x: Tensor) -> None:

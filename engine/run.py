@@ -447,11 +447,8 @@ class Run:
     def _prepare_data(self) -> None:
         self._began = time.perf_counter()
         cfg = self.cfg
-        if distributed.rank() > 0:
-            distributed.wait()  # the first process makes the files
-        self.dataset = data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
-        if distributed.rank() == 0:
-            distributed.wait()
+        with distributed.first_process_first():
+            self.dataset = data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
         if self.dataset.streamed:
             from engine import stream  # which needs torchvision, and a second to import it
             if cfg.skip_damaged:
@@ -613,21 +610,25 @@ class Run:
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
         accuracies = {}
-        for split, (x, y, _) in self._measured.items():
-            *counts, n = self._standing(network, x, y, self._columns)
+        for split in self._measured:
+            *counts, n = self._standing(network, split, self._columns)
             accuracies |= {f"{split}_{column}": 100 * count / n for column, count in zip(self._columns, counts)}
         return accuracies
 
-    def _standing(self, network: nn.Module, x: Tensor, y: Tensor, columns: Sequence[str]) -> list[float]:
+    def _standing(self, network: nn.Module, split: str, columns: Sequence[str], most: int | None = None) -> list[float]:
         """How many images are still classified right under each column, and how many there are, over all processes.
 
         Args:
-            x, y: this process's images and labels, as for `evaluate.verdicts`.
+            split: which images, a key of `_measured`.
+            most: no more than so many of them, each process's first.
         """
         began = self._clock()
+        x, y, n = self._measured[split]
+        mine = distributed.shard(n if most is None else most)
+        x, y = (images[:mine.stop - mine.start] for images in (x, y))
         found = evaluate.verdicts(
-            network, x, y, columns=columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4,
-            seed=self.cfg.seed + distributed.rank(), batch_size=self._evaluation_batch)
+            network, x, y, columns=columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4, seed=self.cfg.seed,
+            batch_size=self._evaluation_batch, first=distributed.shard(n).start)
         counts = torch.tensor([*(float(found[column].sum()) for column in columns), len(y)], dtype=torch.float64, device=self.device)
         distributed.sum_([counts])
         self._seconds["evaluation"] += self._clock() - began

@@ -76,9 +76,9 @@ def farthest(a: Any, b: Any) -> float:
 
 
 def compared(one: Path, other: Path) -> dict[str, Any]:
-    """What two runs of the same flags kept (weights, optimizers, memories) and logged of training, as relative differences."""
+    """What two runs of the same flags kept (weights, optimizers, memories) and logged, as relative differences."""
     a, b = (torch.load(path / "state.pth", weights_only=True) for path in (one, other))
-    logged = [[[row["loss"], row["train_accuracy"]] for row in state["history"]] for state in (a, b)]
+    logged = [[[row["loss"], row["train_accuracy"], row["val_pgd10"]] for row in state["history"]] for state in (a, b)]
     return {"updates": a["position"]["step"], "kept": {name: farthest(kept, b["kept"].get(name)) for name, kept in a["kept"].items()},
             "log": farthest(*logged)}
 

@@ -1,6 +1,7 @@
 """Whatever goes wrong ends in one sentence that names the thing, the value and the remedy; nothing is half-written."""
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 import engine
 from engine import checkpoint
-from engine.errors import Failure
+from engine.errors import Failure, one_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,6 +194,35 @@ def test_a_network_that_diverged_is_not_evaluated(digits_run, tiny):
 def test_a_real_process_ends_with_the_status():
     done = subprocess.run([sys.executable, "train_fgsm_rs.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --epochs 0") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads(unbuffered, digits_run, tmp_path):
+    """As with `| head`: in one sentence, whether the print fails or only the flush at the end; and what was measured is there."""
+    flags = "--n-ex", "20", "--card-n", "0", "--attacks", "clean", "--device", "cpu"
+    with subprocess.Popen(
+        [sys.executable, "test_FGSM_SDI.py", "--model-path", digits_run / "best.pth", "--out-dir", tmp_path, *flags],
+        cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and said.startswith("error: whatever read this program's output has ended") and said.count("\n") == 1
+    assert (tmp_path / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.EIO, "Input/output error"), ("[Errno 5] Input/output error", "OSError in line", "test_errors.py", "run the same command again")),
+    (OSError("no name"), ("no name", "OSError in line")),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), ("out of memory", "--batch-size")),
+    (OSError(errno.ENOENT, "No such file", "there"), ("there: No such file",)),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), ("a process that reads images was killed",)),  # the output is being read
+    (ConnectionResetError(errno.ECONNRESET, "reset"), ("a process that reads images was killed",)),
+])
+def test_an_error_of_the_system_is_one_sentence(error, words, capsys):
+    with pytest.raises(SystemExit) as left, one_sentence():
+        raise error
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and said.startswith("error: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said
 
 
 def test_failure_is_no_misuse():
