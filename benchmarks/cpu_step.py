@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_step --checkout DIR
 
-DIR is a copy of https://github.com/jiaxiaojunQAQ/FGSM-SDI; its training script runs unchanged, in a process of its own,
-with only its surroundings replaced (no GPU, no files, the missing argument `attacker`, no data loading). The naive form
-is ours without care: weight gradients in the attacks, contiguous layout, the generator in the classifier's graph.
+DIR is a copy of https://github.com/jiaxiaojunQAQ/FGSM-SDI; its training script runs unchanged, in a process of its own
+(benchmarks/published_script.py), without a GPU and without loading data. The naive form is ours without care: weight
+gradients in the attacks, contiguous layout, the generator in the classifier's graph.
 
 ResNet18, batch 128. The three take turns, a few batches a round, and what counts is the median over the rounds; the
 first batch of a round, on which the generator learns, is left out. Loading data costs none of them anything.
@@ -12,15 +12,11 @@ first batch of a round, on which the generator learns, is left out. Loading data
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,15 +24,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import published_script
+
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
 
 
 class Turns:
-    """Hands out batches when it is this process's turn, and reports how long all but the first one took."""
+    """Hands out batches when it is this process's turn, for so many rounds, and reports how long all but the first one took."""
 
-    def __init__(self, pipe: Any, batches: int) -> None:
-        self.pipe, self.batches = pipe, batches
+    def __init__(self, pipe: Any, batches: int, rounds: int) -> None:
+        self.pipe, self.batches, self.rounds = pipe, batches, rounds
         torch.manual_seed(0)
         self.x, self.y = torch.rand(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
 
@@ -55,21 +53,7 @@ class Turns:
 
 def published(turns: Turns, checkout: Path) -> None:
     """The published script itself."""
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
-    board = sys.modules["tensorboardX"] = types.ModuleType("tensorboardX")
-    board.SummaryWriter = lambda *a, **k: None
-    parse = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = lambda self: types.SimpleNamespace(attacker="generator", **vars(parse(self)))
-    sys.path[:] = [str(checkout)] + [path for path in sys.path if Path(path or ".").resolve() != ROOT]
-    utils = importlib.import_module("utils")
-    utils.get_loaders = lambda *a, **k: (turns, [])
-    utils.evaluate_pgd = utils.evaluate_standard = lambda *a, **k: (0.0, 0.0)
-    script = checkout / "FGSM_SDI.py"
-    sys.argv = [script.name, "--epochs", "1000"]
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        os.chdir(folder)
-        torch.save = lambda *a, **k: None
-        exec(compile(script.read_text(), script.name, "exec"), {"__name__": "published", "__file__": str(script)})
+    published_script.run(checkout, Path(), lambda theirs: lambda *a, **k: (turns, []), cpu=True)
 
 
 def naive(turns: Turns, checkout: Path) -> None:
@@ -100,19 +84,18 @@ def ours(turns: Turns, checkout: Path) -> None:
     import train_fgsm_sdi
 
     class Timed(engine.Run):
-        def _epoch(self):
-            steps = super()._epoch()
-            for _ in turns:
-                yield next(steps)
-            self.batch = len(self._data)  # the epoch is over, though nobody asked for what comes after its last batch
-
-        def _end_of_epoch(self) -> None:  # no evaluation, no files: as for the other two
-            self.batch, self.epoch = 0, self.epoch + 1
+        def batches(self):
+            batches = super().batches()
+            while True:
+                for _ in turns:
+                    yield next(batches)
 
     engine.Run = Timed
+    images = turns.rounds * len(turns) * BATCH  # one epoch, so that nothing is evaluated or saved; the others evaluate nothing either
+    engine.run.data.load = lambda *a: synthetic(images)
     with tempfile.TemporaryDirectory() as folder:
-        engine.run.data.load = lambda *a: synthetic((turns.batches + 1) * BATCH)
-        train_fgsm_sdi.main(train_fgsm_sdi.Config(dataset="cifar10", val_size=1, epochs=1000, device="cpu", out_dir=folder, save_every=1e9))
+        train_fgsm_sdi.main(train_fgsm_sdi.Config(
+            dataset="cifar10", batch_size=BATCH, k=len(turns), val_size=1, epochs=1, device="cpu", out_dir=folder, save_every=1e9, co_guard="off"))
 
 
 def synthetic(n: int):
@@ -127,9 +110,9 @@ def synthetic(n: int):
 VARIANTS = {"published": published, "naive": naive, "ours": ours}
 
 
-def work(name: str, checkout: Path, batches: int, threads: int, pipe: Any) -> None:
+def work(name: str, checkout: Path, batches: int, rounds: int, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
-    VARIANTS[name](Turns(pipe, batches), checkout)
+    VARIANTS[name](Turns(pipe, batches, rounds), checkout)
 
 
 def main() -> None:
@@ -147,7 +130,8 @@ def main() -> None:
     pipes, processes = {}, []
     for name in VARIANTS:
         pipes[name], other = context.Pipe()
-        processes.append(context.Process(target=work, args=(name, args.checkout.resolve(), args.batches, args.threads, other), daemon=True))
+        given = (name, args.checkout.resolve(), args.batches, args.rounds + 1, args.threads, other)
+        processes.append(context.Process(target=work, args=given, daemon=True))
         processes[-1].start()
         other.close()
     rates: dict[str, list[float]] = {name: [] for name in VARIANTS}

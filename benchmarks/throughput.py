@@ -5,7 +5,7 @@
 Each method's script runs as a user runs it, in a process of its own: ResNet18, batch 128, real CIFAR-10 images, bf16 where
 the GPU has it; some batches to warm up, then as many as are timed between two synchronisations. What comes before the first
 timed batch is reported apart. DIR is a copy of https://github.com/jiaxiaojunQAQ/FGSM-SDI: its training script runs
-unchanged, data loader and workers and all, with only the argument that it forgot to define and without its evaluation.
+unchanged, data loader and all (benchmarks/published_script.py).
 
 Floors, counted on the CPU while a few small batches pass. Arithmetic: the floating-point operations of all convolutions
 and matrix products. Memory: the bytes of their operands and results at two bytes a number, as if everything else were
@@ -14,15 +14,14 @@ fused into them. A fraction is the floor's time over the measured time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import multiprocessing
-import pickle
+import resource
 import shlex
-import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from benchmarks import published_script
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
@@ -61,30 +62,27 @@ class Counted(TorchDispatchMode):
 
 
 def limited(batches: int, warm_up: int, done: Any) -> type:
-    """An engine.Run whose batches end after `batches`, the first `warm_up` of which do not count; `done` gets the seconds of both parts."""
+    """An engine.Run whose batches end after `batches`, the first `warm_up` of which do not count; `done` gets the seconds of both parts.
+
+    Raises (when run):
+        Misuse: an epoch ends before, whose evaluation would be timed too.
+    """
+    from engine import Misuse
     from engine.run import Run  # not engine.Run, which may be another Limited by now
 
     class Limited(Run):
-        given = 0
-
-        def _epoch(self):
-            if not self.given:
-                self.began = self._clock()
-            for batch in super()._epoch():
-                if self.given == warm_up:
-                    self.middle = self._clock()
-                if self.given == batches:
-                    done(self, self.middle - self.began, self._clock() - self.middle)
-                    self.batch, self.epoch = -1, self.cfg.epochs  # the run is over
+        def batches(self):
+            began = self._clock()
+            for given, batch in enumerate(super().batches()):
+                if self.epoch:
+                    break
+                if given == warm_up:
+                    middle = self._clock()
+                if given == batches:
+                    done(self, middle - began, self._clock() - middle)
                     return
-                self.given += 1
                 yield batch
-
-        def _end_of_epoch(self) -> None:
-            self.batch, self.epoch = 0, self.epoch + 1
-
-        def _finish(self) -> None:
-            """No files."""
+            raise Misuse(f"--batches {batches}: the first epoch is over before; ask for fewer")
 
     return Limited
 
@@ -110,6 +108,8 @@ def ours(flags: tuple[str, ...], batches: int, warm_up: int) -> dict[str, Any]:
 
 def floors(flags: tuple[str, ...]) -> dict[str, float]:
     """Operations and bytes per image of a method's step at batch 128, from what steps of 4 and of 8 images do on the CPU."""
+    flags = tuple(flag for flag in flags if flag != "--compile")  # the same operations, hidden from the count
+
     def step(batch: int) -> tuple[int, int]:
         counts = []
         for batches in (2, 3):  # of three batches less those of two: the first one may do more, as FGSM-SDI's does
@@ -123,65 +123,45 @@ def floors(flags: tuple[str, ...]) -> dict[str, float]:
     return {name: slope + (a - 4 * slope) / BATCH for name, slope, a in zip(("operations_per_image", "bytes_per_image"), slopes, few)}
 
 
-def published(checkout: Path, data_dir: Path, batches: int, warm_up: int) -> dict[str, Any]:
-    """The published script's own loop, from its own data loader, on the GPU."""
-    import numpy as np
-    import torchvision
-
+def published(checkout: Path, data_dir: Path, batches: int, warm_up: int, device: str) -> dict[str, Any]:
+    """The published script's own loop, from its own data loader."""
     found: dict[str, Any] = {}
-    sys.modules["tensorboardX"] = types.ModuleType("tensorboardX")
-    sys.modules["tensorboardX"].SummaryWriter = lambda *a, **k: None
-    torchvision.datasets.CIFAR10._check_integrity = lambda self: True  # the same images, in files that are not the original bytes
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "cifar-10-batches-py"
-        root.mkdir()
-        with np.load(data_dir / "cifar10.npz") as arrays:
-            parts = [(f"data_batch_{i + 1}", arrays["x_train"][i * 10_000:(i + 1) * 10_000], arrays["y_train"][i * 10_000:(i + 1) * 10_000]) for i in range(5)]
-            parts.append(("test_batch", arrays["x_test"], arrays["y_test"]))
-        for name, x, y in parts:
-            (root / name).write_bytes(pickle.dumps({"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), "labels": y.tolist()}))
-        (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
-        torchvision.datasets.CIFAR10._load_meta = lambda self: None
-        parse = argparse.ArgumentParser.parse_args
-        argparse.ArgumentParser.parse_args = lambda self: types.SimpleNamespace(**{**vars(parse(self)), "attacker": "generator", "data_dir": folder, "out_dir": folder})
-        sys.path[:] = [str(checkout)] + [path for path in sys.path if Path(path or ".").resolve() != ROOT]
-        utils = importlib.import_module("utils")
-        get_loaders = utils.get_loaders
+    cpu = device == "cpu"
 
-        class Counted:
-            def __init__(self, loader: Any) -> None:
-                self.loader, self.began, self.given = loader, time.perf_counter(), 0
+    def clock() -> float:
+        if not cpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-            def __len__(self) -> int:
-                return len(self.loader)
+    class Counted:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
 
-            def __iter__(self):
-                for batch in self.loader:
-                    if self.given == warm_up:
-                        torch.cuda.synchronize()
-                        self.middle = time.perf_counter()
-                    if self.given == batches:
-                        torch.cuda.synchronize()
-                        rate = (batches - warm_up) * BATCH / (time.perf_counter() - self.middle)
-                        found.update(images_per_second=rate, seconds_before=self.middle - self.began, precision="fp32", peak_memory_bytes=torch.cuda.max_memory_allocated(),
-                                     seconds_per_epoch=50_000 / rate)
-                        raise SystemExit(0)
-                    yield batch
-                    self.given += 1
+        def __len__(self) -> int:
+            return len(self.loader)
 
-        def counted(*a: Any, **k: Any) -> Any:
+        def __iter__(self):
+            began = clock()
+            for given, batch in enumerate(self.loader):
+                if given == warm_up:
+                    middle = clock()
+                if given == batches:
+                    rate = (batches - warm_up) * BATCH / (clock() - middle)
+                    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cpu else torch.cuda.max_memory_allocated()
+                    found.update(images_per_second=rate, seconds_before=middle - began, precision="fp32", peak_memory_bytes=memory,
+                                 seconds_per_epoch=50_000 / rate)
+                    raise SystemExit(0)
+                yield batch
+
+    def counted(get_loaders: Any) -> Any:
+        def loaders(*a: Any, **k: Any) -> tuple[Any, Any]:
             train, test = get_loaders(*a, **k)
             return Counted(train), test
+        return loaders
 
-        utils.get_loaders = counted
-        utils.evaluate_pgd = utils.evaluate_standard = lambda *a, **k: (0.0, 0.0)
-        torch.save = lambda *a, **k: None
-        script = checkout / "FGSM_SDI.py"
-        sys.argv = [script.name]
-        try:
-            exec(compile(script.read_text(), script.name, "exec"), {"__name__": "__main__", "__file__": str(script)})
-        except SystemExit:
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(SystemExit):
+        published_script.as_torchvision(data_dir / "cifar10.npz", Path(folder))
+        published_script.run(checkout, Path(folder), counted, cpu=cpu)
     return found
 
 
@@ -199,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     from engine.run import chosen_device
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, help="a copy of jiaxiaojunQAQ/FGSM-SDI; without it the published loop is left out, as it is without a GPU")
+    parser.add_argument("--checkout", type=Path, help="a copy of jiaxiaojunQAQ/FGSM-SDI; without it the published loop is left out")
     parser.add_argument("--data-dir", type=Path, default=Path("data/"), help="where cifar10.npz lies")
     parser.add_argument("--only", help="some of the methods, with commas between them")
     parser.add_argument("--flags", default="", help="more flags for all scripts, as one word: \"--compile\"")
@@ -214,8 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     peak = next((peaks for key, peaks in PEAKS.items() if key in name), None)
     shared = ("--dataset", "cifar10", "--data-dir", str(args.data_dir), *shlex.split(args.flags))
     rows: dict[str, dict[str, Any]] = {}
-    if args.checkout and device.type == "cuda":
-        rows["published FGSM-SDI"] = apart(published, args.checkout.resolve(), args.data_dir.resolve(), args.batches, args.warm_up)
+    if args.checkout:
+        rows["published FGSM-SDI"] = apart(published, args.checkout.resolve(), args.data_dir.resolve(), args.batches, args.warm_up, device.type)
         print("published FGSM-SDI", rows["published FGSM-SDI"], flush=True)
     for label in wanted:
         flags = (*METHODS[label], *shared)

@@ -26,14 +26,25 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def compiled(network: nn.Module) -> nn.Module:
-    """The network, compiled anew for each size of a batch and for each of its uses: modes, frozen or not, with an image's gradient or without.
+class Compiled(nn.Module):
+    """`network` by torch.compile: anew for each size of a batch and each use, which are modes, frozen or not, with an image's gradient or without.
 
     A compiled network computes all gradients that its parameters ask for when it is called: an attack freezes them around it.
     """
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
-    setattr(torch._dynamo.config, limit, max(64, getattr(torch._dynamo.config, limit)))
-    return torch.compile(network, dynamic=False)
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.graphs = network, torch.compile(_passed, dynamic=False)
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+        setattr(torch._dynamo.config, limit, max(64, getattr(torch._dynamo.config, limit)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, classes)."""
+        return self.graphs(self.network, x, any(parameter.requires_grad for parameter in self.network.parameters()))
+
+
+def _passed(network: nn.Module, x: Tensor, learns: bool) -> Tensor:
+    return network(x) if learns else network(x)  # torch 2.6 tells frozen parameters from others by nothing else
 
 
 def make_recordable(optimizer: Optimizer) -> None:

@@ -492,7 +492,7 @@ class Run:
 
     def _seen_by_scripts(self, network: nn.Module) -> Classifier:
         if self.cfg.compile and self.cfg.COMPILES:
-            network = capture.compiled(network)
+            network = capture.Compiled(network)
         return Classifier(network, self._autocast())
 
     def _noise(self, x: Tensor, fill) -> Tensor:

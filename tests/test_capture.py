@@ -94,7 +94,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
         return made[-1]
     monkeypatch.setattr(capture, "possible", lambda device: True)
     monkeypatch.setattr(capture, "Graph", recorder)
-    monkeypatch.setattr(capture, "compiled", lambda network: network)
+    monkeypatch.setattr(capture, "Compiled", lambda network: network)
     return made
 
 
@@ -284,11 +284,13 @@ def asked_for(graph: torch.fx.Graph) -> set[tuple[bool, bool]]:
 
 def test_a_compiled_attack_computes_no_gradient_of_a_weight(backward_graphs):
     network = models.build("resnet18", classes=10, channels=3, width=4).to(memory_format=torch.channels_last)
-    compiled, x, y = capture.compiled(network), torch.rand(4, 3, 32, 32), torch.arange(4)
+    compiled, x, y = capture.Compiled(network), torch.rand(4, 3, 32, 32), torch.arange(4)
     for mode in (True, False):  # two compilations, not four: the second batch needs none
         for _ in range(2):
             input_gradient(compiled.train(mode), x, y)
     assert [asked_for(graph) for graph in backward_graphs] == [{(True, False)}] * 2
+    torch.nn.functional.cross_entropy(compiled(x.clone().requires_grad_()), y).backward()  # as where a pass also trains
+    assert all(parameter.grad is not None for parameter in network.parameters())
     careless, = torch.autograd.grad(torch.nn.functional.cross_entropy(compiled(x.requires_grad_()), y), x)
     assert asked_for(backward_graphs[-1]) == {(True, True)}, "parameters that are not frozen: their gradients are computed, and thrown away"
     torch.testing.assert_close(careless, input_gradient(network, x, y))

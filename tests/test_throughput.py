@@ -1,15 +1,18 @@
-"""What a method's step computes, counted: no attack computes a weight's gradient, and nothing is computed twice."""
+"""What a method's step computes, counted: no attack computes a weight's gradient, and nothing is computed twice. And that the clocks run."""
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import engine
 import models
-from benchmarks import throughput
+import train_fgsm_sdi
+from benchmarks import cpu_step, throughput
 
 FLAGS = ("--dataset", "digits", "--arch", "resnet8", "--width", "8", "--train-size", "64", "--val-size", "16")
 
@@ -82,3 +85,91 @@ def test_bytes_do_not_count_the_weights_for_every_image(monkeypatch):
     at_128 = throughput.floors(("train_fgsm_rs.py", *FLAGS))["bytes_per_image"]
     monkeypatch.setattr(throughput, "BATCH", 4)
     assert throughput.floors(("train_fgsm_rs.py", *FLAGS))["bytes_per_image"] > 1.1 * at_128
+
+
+def test_a_clock_that_would_time_an_evaluation_refuses():
+    """64 images in batches of 32: the third batch belongs to the second epoch."""
+    found = throughput.ours(("train_fgsm_rs.py", *FLAGS, "--batch-size", "16", "--device", "cpu"), 3, 1)
+    assert found["images_per_second"] > 0 and found["precision"] == "fp32"
+    with pytest.raises(engine.Misuse, match="--batches 3"):
+        throughput.ours(("train_fgsm_rs.py", *FLAGS, "--batch-size", "32", "--device", "cpu"), 3, 1)
+    with pytest.raises(engine.Misuse, match="--batches 3"):
+        throughput.ours(("train_fgsm_rs.py", *FLAGS, "--batch-size", "32", "--epochs", "1", "--device", "cpu"), 3, 1)
+
+
+def test_floors_leave_compilation_out():
+    assert counted("train_fgsm_rs.py", "--compile") == counted("train_fgsm_rs.py") > 0
+
+
+class Pipe:
+    """Says go so many times, then stop; keeps what it is told."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.rates = rounds, []
+
+    def recv(self) -> str:
+        return "go" if len(self.rates) < self.rounds else "stop"
+
+    def send(self, rate: float) -> None:
+        self.rates.append(rate)
+
+
+def test_the_engine_takes_its_turns(monkeypatch):
+    """Rounds of three batches, on whose first one alone the generator learns; nothing but steps is timed."""
+    monkeypatch.setattr(cpu_step, "BATCH", 4)
+    monkeypatch.setattr(engine.run.data, "load", engine.run.data.load)  # both put back after the test
+    monkeypatch.setattr(train_fgsm_sdi, "Config", functools.partial(train_fgsm_sdi.Config, arch="resnet8", width=4))
+    learnt, update = [], engine.Run.update
+
+    def watched(self, loss, optimizer=None, **more):
+        learnt.append(optimizer is not None)
+        update(self, loss, optimizer, **more)
+    monkeypatch.setattr(engine.Run, "update", watched)
+    monkeypatch.setattr(engine.Run, "_evaluate", lambda *_: pytest.fail("an evaluation was timed"))
+    pipe = Pipe(rounds=3)
+    with pytest.raises(SystemExit):
+        cpu_step.ours(cpu_step.Turns(pipe, batches=2, rounds=3), Path())
+    assert len(pipe.rates) == 3 and min(pipe.rates) > 0
+    assert learnt == 3 * [True, False, False, False]  # the generator's update, then the classifier's of each of three batches
+
+
+THEIRS = {"utils.py": """
+import torch
+from torchvision import datasets, transforms
+half = torch.tensor(0.5).cuda()
+def get_loaders(folder, batch_size):
+    train = datasets.CIFAR10(folder, train=True, transform=transforms.ToTensor(), download=True)
+    assert len(datasets.CIFAR10(folder, train=False, download=True)) == 2
+    return torch.utils.data.DataLoader(train, batch_size=batch_size), None
+def evaluate_pgd(*a): raise RuntimeError("evaluated")
+evaluate_standard = evaluate_pgd
+""", "FGSM_SDI.py": """
+import argparse, torch, utils
+from tensorboardX import SummaryWriter
+parser = argparse.ArgumentParser()
+parser.add_argument("--data-dir", default="nowhere")
+parser.add_argument("--out-dir", default="nowhere")
+args = parser.parse_args()
+SummaryWriter(log_dir=args.out_dir + args.attacker)
+seen = []
+for epoch in range(2):
+    for x, y in utils.get_loaders(args.data_dir, 4)[0]:
+        seen += [int(value) for value in 255 * x.cuda()[:, 0, 0, 0]]
+        assert seen == list(range(len(seen))), seen
+        print(x)
+    utils.evaluate_pgd()
+torch.save({}, "/nowhere/at/all")
+raise ValueError("the end")
+"""}
+
+
+def test_the_published_loop_runs_from_its_own_loader(tmp_path):
+    """A script made like the published one: it gets its images, is stopped when it has been timed, and an error of its own is seen."""
+    x = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1) * np.ones((1, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=np.arange(20) % 10, x_test=x[:2], y_test=np.arange(2))
+    for name, text in THEIRS.items():
+        (tmp_path / name).write_text(text)
+    found = throughput.apart(throughput.published, tmp_path, tmp_path, 4, 1, "cpu")
+    assert found["images_per_second"] > 0 and found["seconds_before"] >= 0 and found["peak_memory_bytes"] > 0, found
+    (tmp_path / "FGSM_SDI.py").write_text(THEIRS["FGSM_SDI.py"].replace("for epoch in range(2)", "for epoch in []"))
+    assert throughput.apart(throughput.published, tmp_path, tmp_path, 4, 1, "cpu") == {"failed": "ValueError: the end"}
