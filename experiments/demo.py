@@ -54,7 +54,7 @@ DEMOS = {
     "cifar": Demo(
         methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",),
                  "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"), "FGSM-RS": ("train_fgsm_rs.py",),
-                 "FGSM-RS with rollback": ("train_fgsm_rs.py", "--co-guard", "rollback"), "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
+                 "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
         dataset="cifar10", common=CIFAR,
         evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100"), checkpoints=("best", "last"), seeds=(0,)),
     "cifar-all": Demo(  # who collapses: PGD tells that; AutoAttack on this many networks would take a CPU days

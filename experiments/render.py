@@ -146,13 +146,36 @@ def throughput() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def autoattack() -> str:
+    """What AutoAttack's attacks cost, and how far evaluations of one network disagree, in Markdown: two tables."""
+    path = ROOT / "results" / "benchmarks" / "autoattack.json"
+    if not path.is_file():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    if report["dirty"]:
+        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+    costs = [f"| {row['attack']}{'' if row['frozen'] else ', network not frozen'} | {row['images']} | {row['standing']} | {row['forward']:,.0f} | "
+             f"{row['input_gradients']:,.0f} | {row['weight_gradients']:,.0f} | {100 * row['filling']:.0f} % | {row['processor_seconds']:.1f} |" for row in report["costs"]]
+    first, *others = report["evaluations"]
+    columns = report["evaluations"][first]["columns"]
+    cells = {first: [f"{found['accuracy']:.0f} %" for found in columns.values()]} | {
+        label: [f"{found['differ']} ({found['accuracy']:.0f} %)" for found in report["evaluations"][label]["columns"].values()] for label in others}
+    evaluations = [f"| {label} | " + " | ".join(several) + f" | {report['evaluations'][label]['processor_seconds']:.0f} |" for label, several in cells.items()]
+    return ("| attack | images | left standing | forward passes an image | image gradients | weight gradients | batch filled | processor seconds |\n"
+            "| --- |" + " ---: |" * 7 + "\n" + "\n".join(costs) + "\n\n"
+            "| evaluation | " + " | ".join(columns) + " | processor seconds |\n| --- |" + " ---: |" * (len(columns) + 1) + "\n" + "\n".join(evaluations)
+            + f"\n\n{report['arch']} by {report['method']} on the digits, epsilon {report['epsilon']:g}/255. Above: the first {report['images_counted']} test "
+            f"images, passes per image, processor time of all. Below: {report['n']} test images, verdicts that are not those of the first row, (robust accuracy). "
+            f"{report['device']}, one thread, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo-digits": lambda: demo("digits"), "demo-cifar": lambda: demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu},
     "docs/methods.md": {"fidelity": fidelity, "demo-digits-all": lambda: demo("digits", "digits-all"), "demo-cifar-all": lambda: demo("cifar-all")},
     "docs/processes.md": {"equality": processes},
     "docs/guard.md": {"detector": detector.rendered},
     "docs/tables.md": {f"table-{name}": partial(small, name) for name in ("II", "III", "IV", "V")},
-    "docs/performance.md": {"throughput": throughput},
+    "docs/performance.md": {"throughput": throughput, "autoattack": autoattack},
 }
 """What stands between which markers of which page."""
 

@@ -109,6 +109,32 @@ def test_throughput_shows_what_was_measured_and_nothing_else(tmp_path: Path, mon
         render.throughput()
 
 
+def test_autoattack_shows_costs_and_disagreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results" / "benchmarks" / "autoattack.json"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    assert render.autoattack() == "Not measured yet."
+    cost = {"attack": "fab-t", "frozen": True, "images": 37, "standing": 36, "forward": 1837.2, "input_gradients": 900.0, "weight_gradients": 0.0,
+            "filling": 0.914, "processor_seconds": 13.52}
+
+    def evaluation(differ: int, accuracy: float) -> dict:
+        return {"processor_seconds": 70.2, "columns": {"pgd10": {"accuracy": 61.0, "differ": 0}, "aa": {"accuracy": accuracy, "differ": differ}}}
+
+    report = {"method": "fgsm-rs", "arch": "resnet8", "epsilon": 38.0, "n": 100, "images_counted": 60, "device": "a device", "dirty": False, "commit": "c" * 40,
+              "versions": {"torch": "2.6"}, "costs": [cost, cost | {"frozen": False, "weight_gradients": 900.0}],
+              "evaluations": {"plain, seed 0": evaluation(0, 55.0), "plain, seed 1": evaluation(3, 52.0)}}
+    path.write_text(json.dumps(report))
+    lines = render.autoattack().splitlines()
+    assert lines[2:4] == ["| fab-t | 37 | 36 | 1,837 | 900 | 0 | 91 % | 13.5 |", "| fab-t, network not frozen | 37 | 36 | 1,837 | 900 | 900 | 91 % | 13.5 |"]
+    assert lines[5:9] == ["| evaluation | pgd10 | aa | processor seconds |", "| --- | ---: | ---: | ---: |",
+                          "| plain, seed 0 | 61 % | 55 % | 70 |", "| plain, seed 1 | 0 (61 %) | 3 (52 %) | 70 |"]
+    assert "a device, one thread, torch 2.6, commit cccccccccc" in lines[-1]
+    assert all(line.count("|") == lines[start].count("|") for start, end in ((0, 4), (5, 9)) for line in lines[start:end])
+    path.write_text(json.dumps(report | {"dirty": True}))
+    with pytest.raises(Failure, match="measure it again"):
+        render.autoattack()
+
+
 def test_cell_shows_range_or_interval() -> None:
     one = {"value": 50.0, "n": 100, "interval": [40.4, 59.6]}
     assert show.cell([one]) == "50.0 (40.4 to 59.6)"
