@@ -169,13 +169,48 @@ def autoattack() -> str:
             f"{report['device']}, one thread, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
 
 
+def second_derivative() -> str:
+    """The forms of the second derivative side by side, in Markdown: over all networks and penalties, from the lowest to the highest."""
+    path = ROOT / "results" / "benchmarks" / "second-derivative.json"
+    if not path.is_file():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    if report["dirty"]:
+        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+    cases = [forms for penalties in report["rows"].values() for forms in penalties.values()]
+
+    def span(form: str, value: Callable[[dict, dict], float], shown: str) -> str:
+        found = []
+        for case in cases:
+            try:
+                found.append(value(case[form], case["double backward"]))
+            except KeyError:  # not measured, or it failed
+                pass
+        low, high = (format(end, shown) for end in (min(found), max(found))) if found else ("", "")
+        return low if low == high else f"{low} to {high}"
+
+    columns: dict[str, tuple[Callable[[dict, dict], float], str]] = {  # title: of a form and the double backward
+        "predicted": (lambda row, double: row["passes"]["predicted"], "g"), "counted": (lambda row, double: row["passes"]["counted"], ".2f"),
+        "error, float64": (lambda row, double: row["float64"]["error"], ".0e"), "1 - cosine, fp32": (lambda row, double: row["fp32"]["one_minus_cosine"], ".0e"),
+        "1 - cosine, bf16": (lambda row, double: row["bf16"]["one_minus_cosine"], ".0e"), "best step in fp32": (lambda row, double: row["fp32"]["step"], ".0e"),
+        "ReLUs that it crosses": (lambda row, double: 100 * row["fp32"]["crossed"], ".2g"),
+        "time, of the double backward's": (lambda row, double: row["milliseconds"] / double["milliseconds"], ".2f"),
+        "peak memory, of the same": (lambda row, double: row["peak_memory_bytes"] / double["peak_memory_bytes"], ".2f")}
+    rows = [f"| {form} | " + " | ".join(span(form, *column) for column in columns.values()) + " |" for form in cases[0]]
+    loss = [row["bf16"]["one_minus_cosine"] for row in report["loss"].values()]
+    return ("| form | " + " | ".join(columns).replace("crosses", "crosses, %") + " |\n| --- |" + " ---: |" * len(columns) + "\n" + "\n".join(rows)
+            + f"\n\n{' and '.join(report['rows'])}, width {report['width']}, batch {report['batch_size']}, both penalties, lowest to highest; of a difference the best of its steps. "
+            f"1 - cosine of the loss's own gradient in bf16: {min(loss):.0e} to {max(loss):.0e}. {report['device']}, {report['threads']} "
+            f"thread{'s' if report['threads'] > 1 else ''}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo-digits": lambda: demo("digits"), "demo-cifar": lambda: demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu},
     "docs/methods.md": {"fidelity": fidelity, "demo-digits-all": lambda: demo("digits", "digits-all"), "demo-cifar-all": lambda: demo("cifar-all")},
     "docs/processes.md": {"equality": processes},
     "docs/guard.md": {"detector": detector.rendered},
     "docs/tables.md": {f"table-{name}": partial(small, name) for name in ("II", "III", "IV", "V")},
-    "docs/performance.md": {"throughput": throughput, "autoattack": autoattack},
+    "docs/performance.md": {"throughput": throughput, "second-derivative": second_derivative, "autoattack": autoattack},
 }
 """What stands between which markers of which page."""
 
