@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     figure.add_argument("--dataset", help="where a table has several (default: the first)")
     figure.add_argument("--scale", choices=list(tables.SCALES), default="full", help="of the runs (default: full)")
     figure.add_argument("--rows", help="some of the table's rows, with commas between them (default: the figure's own)")
-    figure.add_argument("--runs", help="instead of a table's: folders that training scripts filled, with commas between them")
+    figure.add_argument("--runs", help="instead of a table's: folders that training scripts filled, or demos' JSON, with commas between them")
     figure.add_argument("--checkpoint", choices=("best", "last"), default="best", help="where networks are measured (default: best)")
     figure.add_argument("--data-dir", type=Path, default=Path("data/"), help="where data sets lie (default: data/)")
     figure.add_argument("--output", type=Path, default=Path("output/tables"), help="where the runs' own files lie (default: output/tables)")

@@ -282,6 +282,15 @@ def test_from_runs_to_files_and_drawn_again(trained: dict[str, Trained], tmp_pat
     assert (tmp_path / "small" / "curves.png").read_bytes() == before
 
 
+def test_pareto_of_the_demos_files(tmp_path: Path) -> None:
+    files = {name: Path(reproduce.__file__).parent / "results" / "demo-digits-all" / f"{name.lower()}-seed0.json" for name in ("N-FGSM", "Standard")}
+    reproduce.main(["figure", "pareto", "--scale", "small", "--figures", str(tmp_path), "--device", "cpu", "--checkpoint", "last", "--runs", ",".join(map(str, files.values()))])
+    points = json.loads((tmp_path / "small" / "pareto.json").read_text())["points"]
+    for name, path in files.items():
+        run = json.loads(path.read_text())
+        assert (points[name][0]["value"], points[name][0]["minutes"]) == (run["evaluations"]["last"]["metrics"]["aa"]["value"], run["run"]["seconds"]["training"] / 60)
+
+
 def test_help_names_every_figure(tiny: Tiny) -> None:
     result = tiny.command("reproduce", "figure", "--help")
     assert result.status == 0 and all(f"  {name} " in result.out for name in figures.FIGURES)
@@ -293,6 +302,7 @@ def test_help_names_every_figure(tiny: Tiny) -> None:
     (["radius"], "PGD-AT, FGSM-RS, FGSM-CKPT, FGSM-GA, Free-AT(m=8), FGSM-SDI: not measured at scale full; python reproduce.py run V --scale full"),
     (["strategies", "--rows", "LAS-AT"], "table LAS-6 offers LAS-AT L1, "),
     (["curves", "--runs", "{0}/none"], "--runs {0}/none: there is no result.json"),
+    (["pareto", "--runs", "{0}/none.json"], "--runs {0}/none.json: it is not a run's JSON"),
     (["curves", "--redraw"], "curves.json is not there: leave out --redraw"),
     (["curve"], "invalid choice: 'curve'"),
 ])

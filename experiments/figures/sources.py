@@ -104,13 +104,20 @@ def one(what: str, values: list[Any]) -> Any:
 
 
 def of_folders(folders: Sequence[Path]) -> list[Trained]:
-    """Runs of the training scripts by their --out-dir, with the evaluations where best/ and last/ hold some.
+    """Runs of the training scripts by their --out-dir, with the evaluations where best/ and last/ hold some; or by a demo's JSON.
 
     Raises:
-        Misuse: a folder holds no finished run.
+        Misuse: a folder holds no finished run, or a file no run.
     """
     found = []
     for folder in folders:
+        if folder.suffix == ".json":
+            try:
+                content = json.loads(folder.read_text())
+                found.append(Trained(content["label"], folder.with_suffix(""), {key: content[key] for key in ("run", "log", "evaluations")}))
+            except (OSError, ValueError, KeyError) as error:
+                raise Misuse(f"--runs {folder}: it is not a run's JSON as the demos write it ({error!r})") from error
+            continue
         if not (folder / "result.json").is_file():
             raise Misuse(f"--runs {folder}: there is no result.json, so it is no folder of a finished run")
         run = json.loads((folder / "result.json").read_text())
