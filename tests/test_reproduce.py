@@ -63,7 +63,8 @@ def test_everything_published_is_shown_once():
     for name, table in EVERY:
         for row in table.rows:
             there = any(table.published(row, checkpoint) for checkpoint in table.checkpoints)
-            assert there or (table.paper, row.method) == ("FastAT", "FGSM-SDI"), f"{name}: {row.name} has no published number"
+            ours = row is tables.HARD_LABELS or (table.paper, row.method) == ("FastAT", "FGSM-SDI")
+            assert there != ours, f"{name}: {row.name} has no published number"
     assert tables.find("V").published(tables.FGSM_SDI, "last")["aa"] == 47.91
 
 
