@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from experiments import show
 
@@ -205,7 +205,8 @@ def strategies(content: dict[str, Any]) -> Figure:
 
 
 def pareto(content: dict[str, Any]) -> Figure:
-    look, figure, axis = looks(content["points"]), *plt.subplots(figsize=(COLUMN, 2.9))
+    many = len(content["points"]) > 12  # the legend then stands beside a plot as wide as the page
+    look, figure, axis = looks(content["points"]), *plt.subplots(figsize=(PAGE, 3.4) if many else (COLUMN, 2.9))
     middles = []
     for label, seeds in content["points"].items():
         values, minutes = ([seed[key] for seed in seeds] for key in ("value", "minutes"))
@@ -217,6 +218,15 @@ def pareto(content: dict[str, Any]) -> Figure:
     front = [(x, y) for x, y in sorted(middles) if y >= max(other for across, other in middles if across <= x)]
     axis.plot(*zip(*front), color="#888888", linewidth=0.8, linestyle="--", zorder=0)
     attack = {"aa": "AutoAttack", "pgd50": "PGD-50"}[content["column"]]
-    axis.set(xlabel="training time (minutes)", ylabel=f"{attack} accuracy (%), n = {content['n']:,}", xlim=(0, None))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, handlelength=1, columnspacing=1.2)
+    axis.set(xlabel="training time (minutes)", ylabel=f"{attack} accuracy (%), n = {content['n']:,}")
+    times = [x for x, _ in middles]
+    if max(times) > 10 * min(times):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.set_xlim(0, None)
+    place = dict(loc="outside right upper", ncols=2) if many else dict(loc="outside upper center", ncols=3)
+    figure.legend(*axis.get_legend_handles_labels(), handlelength=1, columnspacing=1.2, **place)
     return figure
