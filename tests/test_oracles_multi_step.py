@@ -871,7 +871,7 @@ def published_epochs(module, name, monkeypatch, **options):
     calls, function = [], getattr(module, name)
 
     def wrapped(*arguments):
-        calls.append((Watched.latest.epoch + 1, arguments))
+        calls.append((Watched.latest._position.epoch + 1, arguments))
         return function(*arguments)
 
     monkeypatch.setattr(module, name, wrapped)
