@@ -541,8 +541,9 @@ class Run:
         return self.cfg.lr * rates.lr, rates.momentum if self.cfg.cycle_momentum else MOMENTUM
 
     def _set_rates(self, step: int) -> None:
+        lr, momentum = self._rates_of(step)
         for group in self.optimizer.param_groups:
-            group["lr"], group["momentum"] = self._rates_of(step)
+            group["lr"], group["momentum"] = lr, momentum
 
     def _in_place(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """The batch at addresses that are the same for all batches of its size, and with it where its pixels come from."""

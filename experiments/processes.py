@@ -61,6 +61,20 @@ def torchrun(*command: str, count: int = 2) -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def outcome(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+    """The status and the output of `torchrun`'s processes.
+
+    Raises:
+        Failure: they have not ended in time.
+    """
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes
+        raise Failure(f"the processes wait for each other for ever: {process.communicate()[0][-2000:]}") from None
+    return process.returncode, output
+
+
 def farthest(a: Any, b: Any) -> float:
     """The largest difference of two tensors, or of any in two nests of dicts and lists, relative to the largest value in its tensor."""
     if isinstance(a, dict):

@@ -7,9 +7,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.errors import Failure, one_sentence
 from experiments import detector, show, side_by_side, tables
@@ -30,6 +31,30 @@ def between(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: found[1] + content + "\n" + found[2], text)
 
 
+NOTHING = "Not measured yet."
+
+
+def measured(*parts: str) -> dict[str, Any] | None:
+    """What a run wrote to a file of results/, None where there is none.
+
+    Raises:
+        Failure: it comes from a tree that differs from its commit.
+    """
+    path = ROOT.joinpath("results", *parts)
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text())
+    if report["dirty"]:
+        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+    return report
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    columns = list(columns)
+    return "\n".join(["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1), *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 def demo(*names: str) -> str:
     """The table of one or several demos of the same setting in Markdown, and what it was measured on."""
     runs: show.Runs = {}
@@ -39,7 +64,7 @@ def demo(*names: str) -> str:
             raise Failure(f"results/demo-{name} holds numbers from a tree that differs from its commit: measure them again")
         runs |= found
     if not runs:
-        return "Not measured yet."
+        return NOTHING
     facts = [show.facts(several) for several in runs.values()]
     seeds = sorted({fact["seeds"] for fact in facts})
     spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
@@ -80,18 +105,14 @@ def fidelity() -> str:
         published = report["published"]
         sources.append(f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}, ours at {report['ours']['commit'][:10]}")
     if not sources:
-        return "Not measured yet."
+        return NOTHING
     return "\n".join(lines) + f"\n\nLargest relative difference over all steps. {'; '.join(sources)}; torch {report['torch']}, float64, CPU."
 
 
 def processes() -> str:
     """How far two processes end from one, in Markdown: a row per method."""
-    path = ROOT / "results" / "processes" / "equality.json"
-    if not path.is_file():
-        return "Not measured yet."
-    report = json.loads(path.read_text())
-    if report["dirty"]:
-        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+    if (report := measured("processes", "equality.json")) is None:
+        return NOTHING
     rows = [f"| {label} | {run['updates']} | " + ", ".join(f"{name} {value:.0e}" if value else f"{name} 0" for name, value in run["kept"].items()) + f" | {run['log']:.0e} |"
             for label, run in report["runs"].items()]
     return ("| run | updates | what is kept | log |\n| --- | ---: | --- | ---: |\n" + "\n".join(rows)
@@ -105,12 +126,10 @@ def small(name: str) -> str:
 
 def cpu() -> str:
     """The CPU step's ratios, in Markdown."""
-    path = ROOT / "results" / "benchmarks" / "cpu-step.json"
-    if not path.is_file():
-        return "Not measured yet."
-    report = json.loads(path.read_text())
-    rows = [f"| {name} | {row['images_per_second']:.1f} | {row['ours_faster_by']:.2f} |" for name, row in report["variants"].items()]
-    return ("| one FGSM-SDI step, ResNet18, batch 128 | images per second | ours is faster by |\n| --- | ---: | ---: |\n" + "\n".join(rows)
+    if (report := measured("benchmarks", "cpu-step.json")) is None:
+        return NOTHING
+    rows = [[name, f"{row['images_per_second']:.1f}", f"{row['ours_faster_by']:.2f}"] for name, row in report["variants"].items()]
+    return (markdown(["one FGSM-SDI step, ResNet18, batch 128", "images per second", "ours is faster by"], rows)
             + f"\n\n{report['device']}, {report['threads']} threads, torch {report['versions']['torch']}, commit {report['commit'][:10]}; "
             f"median of {report['rounds']} rounds in which all take turns.")
 
@@ -119,9 +138,7 @@ def throughput() -> str:
     """Images per second of every method, in Markdown: a table per device and set of flags."""
     parts = []
     for path in sorted((ROOT / "results" / "benchmarks").glob("throughput*.json")):
-        report = json.loads(path.read_text())
-        if report["dirty"]:
-            raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+        report = measured("benchmarks", path.name)
         columns = {  # title: what is shown of a row
             "passes' worth": lambda row: f"{row['operations_per_image'] / FORWARD:.1f}", "images per second": lambda row: f"{row['images_per_second']:.4g}",
             "seconds an epoch": lambda row: f"{row['seconds_per_epoch']:.3g}", "seconds before": lambda row: f"{row['seconds_before']:.0f}",
@@ -139,31 +156,24 @@ def throughput() -> str:
                 del columns[title]
                 for several in cells.values():
                     several.pop()
-        parts.append("| method | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns) + "\n"
-                     + "\n".join(f"| {label} | " + " | ".join(several) + " |" for label, several in cells.items())
-                     + f"\n\nResNet18, batch 128, real CIFAR-10 images{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
+        parts.append(markdown(["method", *columns], ([label, *several] for label, several in cells.items())) + f"\n\nResNet18, batch 128, real CIFAR-10 images{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
                      f"after {report['warm_up']}; {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
-    return "\n\n".join(parts) or "Not measured yet."
+    return "\n\n".join(parts) or NOTHING
 
 
 def autoattack() -> str:
     """What AutoAttack's attacks cost, and how far evaluations of one network disagree, in Markdown: two tables."""
-    path = ROOT / "results" / "benchmarks" / "autoattack.json"
-    if not path.is_file():
-        return "Not measured yet."
-    report = json.loads(path.read_text())
-    if report["dirty"]:
-        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
-    costs = [f"| {row['attack']}{'' if row['frozen'] else ', network not frozen'} | {row['images']} | {row['standing']} | {row['forward']:,.0f} | "
-             f"{row['input_gradients']:,.0f} | {row['weight_gradients']:,.0f} | {100 * row['filling']:.0f} % | {row['processor_seconds']:.1f} |" for row in report["costs"]]
+    if (report := measured("benchmarks", "autoattack.json")) is None:
+        return NOTHING
+    costs = [[f"{row['attack']}{'' if row['frozen'] else ', network not frozen'}", f"{row['images']}", f"{row['standing']}", f"{row['forward']:,.0f}",
+              f"{row['input_gradients']:,.0f}", f"{row['weight_gradients']:,.0f}", f"{100 * row['filling']:.0f} %", f"{row['processor_seconds']:.1f}"] for row in report["costs"]]
     first, *others = report["evaluations"]
     columns = report["evaluations"][first]["columns"]
     cells = {first: [f"{found['accuracy']:.0f} %" for found in columns.values()]} | {
         label: [f"{found['differ']} ({found['accuracy']:.0f} %)" for found in report["evaluations"][label]["columns"].values()] for label in others}
-    evaluations = [f"| {label} | " + " | ".join(several) + f" | {report['evaluations'][label]['processor_seconds']:.0f} |" for label, several in cells.items()]
-    return ("| attack | images | left standing | forward passes an image | image gradients | weight gradients | batch filled | processor seconds |\n"
-            "| --- |" + " ---: |" * 7 + "\n" + "\n".join(costs) + "\n\n"
-            "| evaluation | " + " | ".join(columns) + " | processor seconds |\n| --- |" + " ---: |" * (len(columns) + 1) + "\n" + "\n".join(evaluations)
+    evaluations = [[label, *several, f"{report['evaluations'][label]['processor_seconds']:.0f}"] for label, several in cells.items()]
+    return (markdown(["attack", "images", "left standing", "forward passes an image", "image gradients", "weight gradients", "batch filled", "processor seconds"], costs)
+            + "\n\n" + markdown(["evaluation", *columns, "processor seconds"], evaluations)
             + f"\n\n{report['arch']} by {report['method']} on the digits, epsilon {report['epsilon']:g}/255. Above: the first {report['images_counted']} test "
             f"images, passes per image, processor time of all. Below: {report['n']} test images, verdicts that are not those of the first row, (robust accuracy). "
             f"{report['device']}, one thread, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
@@ -171,12 +181,8 @@ def autoattack() -> str:
 
 def second_derivative() -> str:
     """The forms of the second derivative side by side, in Markdown: over all networks and penalties, from the lowest to the highest."""
-    path = ROOT / "results" / "benchmarks" / "second-derivative.json"
-    if not path.is_file():
-        return "Not measured yet."
-    report = json.loads(path.read_text())
-    if report["dirty"]:
-        raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
+    if (report := measured("benchmarks", "second-derivative.json")) is None:
+        return NOTHING
     cases = [forms for penalties in report["rows"].values() for forms in penalties.values()]
 
     def span(form: str, value: Callable[[dict, dict], float], shown: str) -> str:
@@ -193,13 +199,12 @@ def second_derivative() -> str:
         "predicted": (lambda row, double: row["passes"]["predicted"], "g"), "counted": (lambda row, double: row["passes"]["counted"], ".2f"),
         "error, float64": (lambda row, double: row["float64"]["error"], ".0e"), "1 - cosine, fp32": (lambda row, double: row["fp32"]["one_minus_cosine"], ".0e"),
         "1 - cosine, bf16": (lambda row, double: row["bf16"]["one_minus_cosine"], ".0e"), "best step in fp32": (lambda row, double: row["fp32"]["step"], ".0e"),
-        "ReLUs that it crosses": (lambda row, double: 100 * row["fp32"]["crossed"], ".2g"),
+        "ReLUs that it crosses, %": (lambda row, double: 100 * row["fp32"]["crossed"], ".2g"),
         "time, of the double backward's": (lambda row, double: row["milliseconds"] / double["milliseconds"], ".2f"),
         "peak memory, of the same": (lambda row, double: row["peak_memory_bytes"] / double["peak_memory_bytes"], ".2f")}
-    rows = [f"| {form} | " + " | ".join(span(form, *column) for column in columns.values()) + " |" for form in cases[0]]
+    rows = [[form, *(span(form, *column) for column in columns.values())] for form in cases[0]]
     loss = [row["bf16"]["one_minus_cosine"] for row in report["loss"].values()]
-    return ("| form | " + " | ".join(columns).replace("crosses", "crosses, %") + " |\n| --- |" + " ---: |" * len(columns) + "\n" + "\n".join(rows)
-            + f"\n\n{' and '.join(report['rows'])}, width {report['width']}, batch {report['batch_size']}, both penalties, lowest to highest; of a difference the best of its steps. "
+    return (markdown(["form", *columns], rows) + f"\n\n{' and '.join(report['rows'])}, width {report['width']}, batch {report['batch_size']}, both penalties, lowest to highest; of a difference the best of its steps. "
             f"1 - cosine of the loss's own gradient in bf16: {min(loss):.0e} to {max(loss):.0e}. {report['device']}, {report['threads']} "
             f"thread{'s' if report['threads'] > 1 else ''}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,13 +139,7 @@ def launched(count: int, directory: Path, what: str, *arguments: Any) -> tuple[i
     driver.write_text(DRIVER)
     words = [str(driver), what, *map(str, arguments)]
     if count > 1:
-        process = processes.torchrun(*words, count=count)
-        try:
-            output = process.communicate(timeout=400)[0]
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its processes
-            pytest.fail(f"{count} processes wait for each other for ever:\n{process.communicate()[0][-2000:]}")
-        return process.returncode, output
+        return processes.outcome(processes.torchrun(*words, count=count), 400)
     before, status = (torch.get_default_dtype(), torch.get_num_threads()), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", models.build)

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -129,13 +128,7 @@ def work(what: str, model: Path, directory: Path) -> None:
 
 def launched(what: str, model: Path, directory: Path) -> tuple[int, str]:
     """Two processes' status and output."""
-    process = processes.torchrun("-m", "tests.test_sharded", what, str(model), str(directory))
-    try:
-        output = process.communicate(timeout=300)[0]
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its processes
-        pytest.fail(f"two processes wait for each other for ever:\n{process.communicate()[0][-2000:]}")
-    return process.returncode, output
+    return processes.outcome(processes.torchrun("-m", "tests.test_sharded", what, str(model), str(directory)), 300)
 
 
 @pytest.fixture(scope="module")
