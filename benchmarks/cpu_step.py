@@ -1,4 +1,4 @@
-"""Images per second of FGSM-SDI's training step on the CPU: as published, written naively, and ours.
+"""Images per second of FGSM-SDI's training step on the CPU: as published, written naively, and ours, in fp32 and in bf16.
 
     python -m benchmarks.cpu_step --checkout DIR
 
@@ -6,7 +6,7 @@ DIR is a copy of https://github.com/jiaxiaojunQAQ/FGSM-SDI; its training script 
 (benchmarks/published_script.py), without a GPU and without loading data. The naive form is ours without care: weight
 gradients in the attacks, contiguous layout, the generator in the classifier's graph.
 
-ResNet18, batch 128. The three take turns, a few batches a round, and what counts is the median over the rounds; the
+ResNet18, batch 128. They take turns, a few batches a round, and what counts is the median over the rounds; the
 first batch of a round, on which the generator learns, is left out. Loading data costs none of them anything.
 """
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def naive(turns: Turns, checkout: Path) -> None:
             optimizer.step()
 
 
-def ours(turns: Turns, checkout: Path) -> None:
+def ours(turns: Turns, checkout: Path, precision: str = "auto") -> None:
     """train_fgsm_sdi.py on the engine."""
     import engine
     import train_fgsm_sdi
@@ -95,7 +96,8 @@ def ours(turns: Turns, checkout: Path) -> None:
     engine.run.data.load = lambda *a: synthetic(images)
     with tempfile.TemporaryDirectory() as folder:
         train_fgsm_sdi.main(train_fgsm_sdi.Config(
-            dataset="cifar10", batch_size=BATCH, k=len(turns), val_size=1, epochs=1, device="cpu", out_dir=folder, save_every=1e9, co_guard="off"))
+            dataset="cifar10", batch_size=BATCH, k=len(turns), val_size=1, epochs=1, device="cpu", out_dir=folder, save_every=1e9, co_guard="off",
+            precision=precision))
 
 
 def synthetic(n: int):
@@ -107,7 +109,7 @@ def synthetic(n: int):
     return Dataset("cifar10", 10, x, y, x[:1], y[:1], flip=True, pad=4)
 
 
-VARIANTS = {"published": published, "naive": naive, "ours": ours}
+VARIANTS = {"published": published, "naive": naive, "ours": ours, "ours, --precision bf16": partial(ours, precision="bf16")}
 
 
 def work(name: str, checkout: Path, batches: int, rounds: int, threads: int, pipe: Any) -> None:

@@ -483,10 +483,9 @@ class Run:
         return network.to(self.device, memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.dtype | None:
-        capable = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        if self.cfg.precision == "bf16" and not capable:
-            raise Misuse("--precision bf16: this device has no bf16 that is worth it; choose fp32")
-        use = capable and self.cfg.precision != "fp32"
+        use = self.cfg.precision == "bf16"
+        if self.cfg.precision == "auto":
+            use = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._precision = "bf16" if use else str(torch.get_default_dtype()).removeprefix("torch.").replace("float", "fp")
         return torch.bfloat16 if use else None
 

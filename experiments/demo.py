@@ -1,6 +1,6 @@
 """Trains and evaluates methods side by side, and shows what came out: `make demo`, `demo-all`, `demo-cifar`, `demo-cifar-all`.
 
-Single-threaded processes on the CPU, as many at a time as there are cores. Every run's numbers go to
+Single-threaded processes, as many at a time as there are cores, on the CPU or sharing one GPU. Every run's numbers go to
 results/<demo>/<run>.json; the table and the figure are made from those files alone.
 """
 from __future__ import annotations
@@ -42,6 +42,11 @@ OTHERS = {
 DIGITS = ("--dataset", "digits", "--epsilon", "76.5", "--epochs", "40", "--augment", "none", "--measure", "clean,fgsm,pgd10,pgd20")
 CIFAR = ("--dataset", "cifar10", "--epsilon", "16", "--arch", "resnet18", "--width", "16", "--train-size", "8000",
          "--val-size", "500", "--epochs", "16", "--lr-schedule", "cyclic", "--measure", "clean,fgsm,pgd10,pgd20")
+ON_CIFAR = {
+    "FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",),
+    "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"), "FGSM-RS": ("train_fgsm_rs.py",),
+    "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero"),
+}
 
 DEMOS = {
     "digits": Demo(
@@ -52,26 +57,26 @@ DEMOS = {
         methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2")} | OTHERS,
         dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "cifar": Demo(
-        methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",),
-                 "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"), "FGSM-RS": ("train_fgsm_rs.py",),
-                 "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
-        dataset="cifar10", common=CIFAR,
+        methods=ON_CIFAR, dataset="cifar10", common=CIFAR,
         evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100"), checkpoints=("best", "last"), seeds=(0,)),
-    "cifar-all": Demo(  # who collapses: PGD tells that; AutoAttack on this many networks would take a CPU days
-        methods={"PGD-AT": ("train_pgd_at.py",)} | OTHERS, dataset="cifar10", common=CIFAR,
+    # Who collapses: PGD tells that, and AutoAttack on this many networks would take a CPU days. bf16, as on a GPU: on a CPU that has
+    # instructions for it, it takes half the time.
+    "cifar-all": Demo(
+        methods={"PGD-AT": ("train_pgd_at.py",)} | OTHERS | ON_CIFAR, dataset="cifar10", common=(*CIFAR, "--precision", "bf16"),
         evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100", "--attacks", "clean,fgsm,pgd10,pgd20,pgd50,cw"),
         checkpoints=("last",), seeds=(0, 1, 2)),
 }
 
 
-def run_name(label: str, seed: int) -> str:
-    return f"{label.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
+def plain(label: str) -> str:
+    """As in file names."""
+    return label.lower().replace(", ", "-").replace(" ", "-")
 
 
 def job(demo: Demo, label: str, seed: int, output: Path, results: Path) -> Job:
     """A run's training, and the evaluation of each of its checkpoints."""
     script, *flags = demo.methods[label]
-    name = run_name(label, seed)
+    name = f"{plain(label)}-seed{seed}"
     return Job(label, seed, (script, *demo.common, *flags, "--seed", str(seed)), demo.evaluation, demo.checkpoints,
                output / name, results / f"{name}.json")
 
@@ -82,8 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
     parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
     parser.add_argument("--results", default="results/", help="where the JSON, the table and the figure go (default: results/)")
-    parser.add_argument("--only", help="some of the methods, with commas between them (default: all of the demo)")
+    parser.add_argument("--only", help="some of the methods, as in the table or as in file names, with commas between them (default: all of the demo)")
     parser.add_argument("--seeds", help="as 0,1,2 (default: the demo's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -91,13 +97,15 @@ def main(argv: list[str] | None = None) -> None:
     demo, began = DEMOS[args.name], time.perf_counter()
     output, results = Path(args.output) / f"demo-{args.name}", Path(args.results) / f"demo-{args.name}"
     load(demo.dataset, args.data_dir)  # once, before all processes want it
-    labels = args.only.split(",") if args.only else list(demo.methods)
-    if unknown := [label for label in labels if label not in demo.methods]:
-        raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(demo.methods)}")
+    known = {plain(label): label for label in demo.methods}
+    wanted = args.only.split(",") if args.only else list(known)
+    if unknown := [name for name in wanted if plain(name) not in known]:
+        raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(known)}")
+    labels = [known[plain(name)] for name in wanted]
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else demo.seeds
     jobs = [job(demo, label, seed, output, results) for seed in seeds for label in labels]
     print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
-    failures = do_all(jobs, Path(args.data_dir), ["cpu"] * args.jobs)
+    failures = do_all(jobs, Path(args.data_dir), [args.device] * args.jobs)
     minutes = (time.perf_counter() - began) / 60
     runs = show.read(results)
     if runs:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.throughput import VARYING
 from engine.errors import Failure, one_sentence
 from experiments import detector, show, side_by_side, tables
 
@@ -69,10 +70,10 @@ def demo(*names: str) -> str:
     seeds = sorted({fact["seeds"] for fact in facts})
     spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
     count = " or ".join(map(str, seeds)) + (" seeds" if seeds[-1] > 1 else " seed")
-    on = {key: sorted({str(fact[key])[:length] for fact in facts}) for key, length in (("device", 80), ("torch", 20), ("commit", 10))}
+    on = {key: sorted({str(fact[key])[:length] for fact in facts}) for key, length in (("device", 80), ("precision", 4), ("torch", 20), ("commit", 10))}
     return (f"{show.table(runs, markdown=True)}\n\n"
             f"Accuracy in percent on {facts[0]['n']} test images at epsilon {facts[0]['epsilon']:g}/255, {facts[0]['epochs']} epochs, "
-            f"{count}, {spread}; {' and '.join(on['device'])}, torch {' and '.join(on['torch'])}, "
+            f"{count}, {spread}; {' and '.join(on['device'])}, {' and '.join(on['precision'])}, torch {' and '.join(on['torch'])}, "
             f"commit{'s' if len(on['commit']) > 1 else ''} {', '.join(on['commit'])}."
             + ("" if all(fact["card"] for fact in facts) else " Evaluated before there were claim cards."))
 
@@ -148,6 +149,8 @@ def throughput() -> str:
         cells = {label: [] for label in report["rows"]}
         for title, shown in list(columns.items()):
             for label, row in report["rows"].items():
+                if label in VARYING:
+                    row = {name: value for name, value in row.items() if name != "operations_per_image"}  # older reports have it
                 try:
                     cells[label].append(shown(row))
                 except KeyError:  # not measured, or there is no such floor

@@ -64,7 +64,7 @@ def facts(several: list[dict[str, Any]]) -> dict[str, Any]:
     """What a caption needs to say of a method's runs: n, seeds, machine, versions, commit."""
     run = several[0]["run"]
     evaluation = next(iter(several[0]["evaluations"].values()))
-    return {"n": evaluation["n"], "card": all("card" in e for run in several for e in run["evaluations"].values()), "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"],
+    return {"n": evaluation["n"], "card": all("card" in e for run in several for e in run["evaluations"].values()), "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"], "precision": run["precision"],
             "torch": run["versions"]["torch"], "commit": run["commit"], "epochs": run["config"]["epochs"]}
 
 

@@ -409,6 +409,19 @@ def test_what_is_written_agrees(train_script, ema, tiny, monkeypatch):
         assert row["loss"] > 0 and 0 <= row["train_accuracy"] <= 100
 
 
+def test_half_precision_costs_digits_and_not_the_method(train_script, tiny):
+    """bf16 on the CPU: everything that is kept stays fp32, but memories of images; the losses are those of fp32 to bf16's three digits."""
+    runs = [tiny.train(train_script, "--precision", precision, "--epochs", 1, "--train-size", 72) for precision in ("bf16", "fp32")]
+    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    half, single = (json.loads((run / "log.jsonl").read_text()) for run in runs)
+    assert [result["precision"] for result in results] == ["bf16", "fp32"]
+    assert 0 < abs(half["loss"] - single["loss"]) < 0.05 * abs(single["loss"])
+    state = torch.load(runs[0] / "state.pth", weights_only=True)["kept"]
+    halves = {name for name, value in state.items() if isinstance(value, torch.Tensor) and value.dtype == torch.half}
+    assert {value.dtype for value in state["classifier"].values() if value.is_floating_point()} == {torch.float32}
+    assert halves == {"train_fgsm_ep": {"previous"}, "train_fgsm_mep": {"prior", "momenta"}}.get(train_script, set())
+
+
 def test_a_row_of_the_log_is_what_was_measured(tmp_path):
     """Loss and accuracy are means over the epoch's images, of an uneven last batch too; held-out accuracy is of last.pth."""
     run = engine.Run(configuration(tmp_path, epochs=1))

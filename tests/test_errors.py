@@ -42,7 +42,6 @@ def refused(result, status: int, *words: str) -> None:
     ("train_fgsm_rs", ("--device", "cuda:77"), ("--device cuda:77", "--device cpu")),
     ("train_fgsm_rs", ("--device", "tpu"), ("--device tpu", "auto, cpu, cuda")),
     ("train_fgsm_rs", ("--resume", "must"), ("--resume must", "state.pth")),
-    ("train_fgsm_rs", ("--precision", "bf16"), ("--precision bf16", "fp32")),
     ("train_fgsm_sdi", ("--k", "0"), ("--k 0", "at least 1")),
     ("train_pgd_at", ("--steps", "0"), ("--steps 0", "at least 1")),
     ("test_FGSM_SDI", (), ("--model-path",)),
