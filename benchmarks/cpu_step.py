@@ -150,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
-        "what": "FGSM-SDI training step, ResNet18, batch 128, fp32, without the generator's update",
+        "what": "FGSM-SDI training step, ResNet18, batch 128, fp32 unless it says bf16, without the generator's update",
         "published": "https://github.com/jiaxiaojunQAQ/FGSM-SDI", "rounds": args.rounds, "batches_per_round": args.batches,
         "variants": {name: {"images_per_second": rate, "rounds": rates[name], "ours_faster_by": medians["ours"] / rate}
                      for name, rate in medians.items()},

@@ -126,13 +126,17 @@ def small(name: str) -> str:
 
 
 def cpu() -> str:
-    """The CPU step's ratios, in Markdown."""
-    if (report := measured("benchmarks", "cpu-step.json")) is None:
+    """The CPU step's ratios, in Markdown: a column per machine."""
+    reports = [measured("benchmarks", path.name) for path in sorted((ROOT / "results" / "benchmarks").glob("cpu-step*.json"), reverse=True)]
+    if not reports:
         return NOTHING
-    rows = [[name, f"{row['images_per_second']:.1f}", f"{row['ours_faster_by']:.2f}"] for name, row in report["variants"].items()]
-    return (markdown(["one FGSM-SDI step, ResNet18, batch 128", "images per second", "ours is faster by"], rows)
-            + f"\n\n{report['device']}, {report['threads']} threads, torch {report['versions']['torch']}, commit {report['commit'][:10]}; "
-            f"median of {report['rounds']} rounds in which all take turns.")
+    names = dict.fromkeys(name for report in reports for name in report["variants"])
+    rows = [[name, *(f"{row['images_per_second']:.1f} ({row['ours_faster_by']:.2f})" if (row := report["variants"].get(name)) else "" for report in reports)]
+            for name in names]
+    return (markdown(["one FGSM-SDI step, ResNet18, batch 128", *(f"{report['threads']} threads" for report in reports)], rows)
+            + "\n\nImages per second (how many times as fast ours is in fp32); "
+            + "; ".join(f"{report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}, median of {report['rounds']} rounds in which all take turns"
+                        for report in reports) + ".")
 
 
 def throughput() -> str:
@@ -142,6 +146,7 @@ def throughput() -> str:
         report = measured("benchmarks", path.name)
         columns = {  # title: what is shown of a row
             "passes' worth": lambda row: f"{row['operations_per_image'] / FORWARD:.1f}", "images per second": lambda row: f"{row['images_per_second']:.4g}",
+            "passes per second": lambda row: f"{row['images_per_second'] * row['operations_per_image'] / FORWARD:.3g}",
             "seconds an epoch": lambda row: f"{row['seconds_per_epoch']:.3g}", "seconds before": lambda row: f"{row['seconds_before']:.0f}",
             "peak memory, GB": lambda row: f"{row['peak_memory_bytes'] / 1e9:.1f}",
             "arithmetic floor": lambda row: f"{100 * row['fraction_of_arithmetic_floor']:.0f} %", "memory floor": lambda row: f"{100 * row['fraction_of_memory_floor']:.0f} %",

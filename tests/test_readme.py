@@ -95,13 +95,13 @@ def test_throughput_shows_what_was_measured_and_nothing_else(tmp_path: Path, mon
     assert render.throughput() == "Not measured yet."
     measured = {"images_per_second": 100.0, "seconds_per_epoch": 500.0, "seconds_before": 3.0, "peak_memory_bytes": 2e9, "operations_per_image": 5.55e9}
     report = {"flags": "--compile", "batches": 9, "warm_up": 4, "device": "a device", "dirty": False, "commit": "c" * 40, "versions": {"torch": "2.6"},
-              "rows": {"FGSM-RS": measured, "FAT": {"failed": "an error"}}}
+              "rows": {"FGSM-RS": measured, "LIET": {"failed": "an error"}, "FAT": measured}}
     (folder / "throughput.json").write_text(json.dumps(report))
     lines = render.throughput().splitlines()
-    assert lines[0] == "| method | passes' worth | images per second | seconds an epoch | seconds before | peak memory, GB |"
-    assert lines[2:4] == ["| FGSM-RS | 5.0 | 100 | 500 | 3 | 2.0 |", "| FAT |  |  |  |  |  |"]
+    assert lines[0] == "| method | passes' worth | images per second | passes per second | seconds an epoch | seconds before | peak memory, GB |"
+    assert lines[2:5] == ["| FGSM-RS | 5.0 | 100 | 500 | 500 | 3 | 2.0 |", "| LIET |  |  |  |  |  |  |", "| FAT |  | 100 |  | 500 | 3 | 2.0 |"]
     assert "--compile; 5 batches after 4; a device, torch 2.6, commit cccccccccc" in lines[-1]
-    report["rows"]["FGSM-RS"] |= {"fraction_of_arithmetic_floor": 0.35}
+    report["rows"]["FGSM-RS"] = measured | {"fraction_of_arithmetic_floor": 0.35}
     (folder / "throughput.json").write_text(json.dumps(report))
     assert render.throughput().splitlines()[0].endswith("| arithmetic floor |") and "| 35 % |" in render.throughput()
     (folder / "throughput.json").write_text(json.dumps(report | {"dirty": True}))
