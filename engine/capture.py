@@ -89,7 +89,7 @@ class Rates:
     """
 
     def __init__(self, rates: Iterable[tuple[float, float]], device: torch.device) -> None:
-        self.table = torch.tensor(list(rates), device=device)
+        self.table = torch.tensor(list(rates), device=device, dtype=torch.float32 if device.type == "cuda" else None)  # what its fused kernel reads
         self.at = torch.zeros((), dtype=torch.int64, device=device)
 
     def set(self, optimizer: Optimizer, made: Tensor) -> None:
