@@ -95,7 +95,7 @@ def test_throughput_shows_what_was_measured_and_nothing_else(tmp_path: Path, mon
     assert render.throughput() == "Not measured yet."
     measured = {"images_per_second": 100.0, "seconds_per_epoch": 500.0, "seconds_before": 3.0, "peak_memory_bytes": 2e9, "operations_per_image": 5.55e9}
     report = {"flags": "--compile", "batches": 9, "warm_up": 4, "device": "a device", "dirty": False, "commit": "c" * 40, "versions": {"torch": "2.6"},
-              "rows": {"FGSM-RS": measured, "LIET": {"failed": "an error"}, "FAT": measured}}
+              "rows": {"FGSM-RS": measured, "LIET": {"failed": "an error"}, "FAT": measured | {"operations_per_image": 1e9}}}
     (folder / "throughput.json").write_text(json.dumps(report))
     lines = render.throughput().splitlines()
     assert lines[0] == "| method | passes' worth | images per second | passes per second | seconds an epoch | seconds before | peak memory, GB |"
