@@ -83,6 +83,24 @@ def as_it_was() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def doubles() -> Iterator[None]:
+    """Inside, tensors and networks are float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    with doubles():
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
     return Tiny(tmp_path)

@@ -30,14 +30,6 @@ BATCH, CHANNELS, SIDE, CLASSES = 4, 2, 4, 3
 EPS = 8 / 255
 
 
-@pytest.fixture
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -114,18 +114,16 @@ def compare(recorded: Path, plain: Path, rtol: float = 1e-9, atol: float = 1e-11
         assert a["loss"] == pytest.approx(b["loss"], rel=rtol)
 
 
-def test_recorded_and_plain_runs_agree(train_script, tiny, recorders):
-    """In float64, with a short last batch, momentum that moves, and every turn of the method."""
-    torch.set_default_dtype(torch.float64)
+def test_recorded_and_plain_runs_agree(train_script, tiny, float64, recorders):
+    """With a short last batch, momentum that moves, and every turn of the method."""
     flags = (*FLAGS, *DECISIONS.get(train_script, ()))
     compare(tiny.train(train_script, *flags, "--compile"), tiny.train(train_script, *flags))
     assert (recorders[0].replays > 8) == (train_script not in NOT_RECORDED)
 
 
 @pytest.mark.parametrize("flags", [("--on-nonfinite", "skip"), ("--co-guard", "rollback")])
-def test_recorded_runs_are_guarded_alike(flags, tiny, recorders, monkeypatch):
+def test_recorded_runs_are_guarded_alike(flags, tiny, float64, recorders, monkeypatch):
     """A loss that is not finite is left out, and a run is put back, as in the plain form."""
-    torch.set_default_dtype(torch.float64)
     if "skip" in flags:
         monkeypatch.setattr("torch.nn.functional.cross_entropy", sometimes_infinite(torch.nn.functional.cross_entropy))
     runs = []
@@ -297,8 +295,7 @@ def test_a_compiled_attack_computes_no_gradient_of_a_weight(backward_graphs):
 
 
 @pytest.mark.parametrize("script", ["train_fgsm_sdi", "train_awp", "train_nuat", pytest.param("train_las_at", marks=pytest.mark.slow)])
-def test_compiled_and_plain_runs_agree(script, tiny, backward_graphs):
-    torch.set_default_dtype(torch.float64)
+def test_compiled_and_plain_runs_agree(script, tiny, float64, backward_graphs):
     flags = ("--train-size", "72", "--epochs", "2", "--lr", "0.05", *DECISIONS.get(script, ()))
     runs = [tiny.train(script, *flags, *more) for more in (("--compile",), ())]
     compare(*runs)
@@ -308,10 +305,9 @@ def test_compiled_and_plain_runs_agree(script, tiny, backward_graphs):
 
 
 @pytest.mark.slow
-def test_compiled_kernels_and_plain_ones_agree(tiny):
+def test_compiled_kernels_and_plain_ones_agree(tiny, float64):
     """Inductor's own, as users have them."""
     torch._dynamo.reset()
-    torch.set_default_dtype(torch.float64)
     flags = ("--train-size", "72", "--epochs", "2", "--lr", "0.05")
     compare(*[tiny.train("train_fgsm_rs", *flags, *more) for more in (("--compile",), ())])
     torch._dynamo.reset()

@@ -541,12 +541,6 @@ def test_alone_a_process_gathers_its_own_tensor():
 
 # ---- utils ---------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def float64(as_it_was):
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-
-
 def test_divergence_is_the_sum_sample_by_sample(float64):
     logits, reference = 3 * torch.randn(5, 4), 3 * torch.randn(5, 4)
     found = utils.divergence(logits, reference)

@@ -30,12 +30,6 @@ pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 
 
 @pytest.fixture
-def double() -> None:
-    """Two orders of the same sums then end at the same signs, and runs that should agree do. `conftest.as_it_was` undoes it."""
-    torch.set_default_dtype(torch.float64)
-
-
-@pytest.fixture
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise is drawn on the CPU for either device: their generators are different ones."""
     begin = engine.Run.__init__
@@ -60,13 +54,13 @@ def result(run: Path) -> dict:
 
 # ---- training ---------------------------------------------------------------------------------------------------------------------
 
-def test_a_gpu_computes_what_a_cpu_does(train_script, tiny, double, same_noise):
+def test_a_gpu_computes_what_a_cpu_does(train_script, tiny, float64, same_noise):
     runs = [tiny.train(train_script, *DECISIONS.get(train_script, ()), "--device", device) for device in (DEVICE, "cpu")]
     assert result(runs[0])["device"] != result(runs[1])["device"]
     compare(*runs, rtol=1e-6, atol=1e-9)
 
 
-def test_recorded_and_plain_runs_agree(train_script, tiny, double, uncompiled):
+def test_recorded_and_plain_runs_agree(train_script, tiny, float64, uncompiled):
     """CUDA's own graphs: a short last batch, momentum that moves, and every turn of the method."""
     runs = [tiny.train(train_script, *FLAGS, *DECISIONS.get(train_script, ()), *ON, *more) for more in (("--compile",), ())]
     compare(*runs, **RATES)
@@ -74,14 +68,14 @@ def test_recorded_and_plain_runs_agree(train_script, tiny, double, uncompiled):
 
 
 @pytest.mark.parametrize("script", ["train_fgsm_sdi", "train_pgd_at", "train_awp", "train_nuat"])
-def test_compiled_and_plain_runs_agree(script, tiny, double):
+def test_compiled_and_plain_runs_agree(script, tiny, float64):
     """Inductor's kernels, recorded where the method can be."""
     torch._dynamo.reset()
     compare(*(tiny.train(script, *FLAGS, *DECISIONS.get(script, ()), *ON, *more) for more in (("--compile",), ())), **RATES)
 
 
 @pytest.mark.parametrize("flags", [("--on-nonfinite", "skip"), ("--co-guard", "rollback")])
-def test_recorded_runs_are_guarded_alike(flags, tiny, double, uncompiled, monkeypatch):
+def test_recorded_runs_are_guarded_alike(flags, tiny, float64, uncompiled, monkeypatch):
     if "skip" in flags:
         monkeypatch.setattr("torch.nn.functional.cross_entropy", sometimes_infinite(torch.nn.functional.cross_entropy))
     runs = []
@@ -119,7 +113,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(train_script, tiny, difference
     stop_and_go_on(tiny, (train_script, *ON), BATCHES + 3, terminate, differences)
 
 
-def test_a_recorded_run_is_resumed(tiny, double, uncompiled):
+def test_a_recorded_run_is_resumed(tiny, float64, uncompiled):
     flags = ("train_fgsm_sdi", *FLAGS, *ON, "--compile", "--k", "3")
     whole, parts = tiny.train(*flags), tiny.directory / "interrupted"
     for limit in (0, *[0.02] * 30):
@@ -161,7 +155,7 @@ def test_bf16_is_what_a_gpu_trains_in(train_script, tiny):
 
 # ---- evaluation -------------------------------------------------------------------------------------------------------------------
 
-def test_verdicts_are_those_of_a_cpu(double):
+def test_verdicts_are_those_of_a_cpu(float64):
     models = [copy.deepcopy(trained()).double().to(device) for device in (DEVICE, "cpu")]
     found, wanted = map(plain_columns, models)
     assert found.keys() == wanted.keys() == set(COLUMNS)

@@ -69,8 +69,7 @@ def same(a: Trained, b: Trained) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def float64(as_it_was, monkeypatch):
-    torch.set_default_dtype(torch.float64)
+def quick(float64, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # there are many runs here, and none must outlive a power cut
     monkeypatch.setattr(data, "load", LOAD)
 

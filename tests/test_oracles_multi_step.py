@@ -27,29 +27,15 @@ import train_las_at
 import train_liet
 import train_mart
 from engine import data
+from tests.conftest import doubles
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 SAME = 1e-8  # relative, over a whole run: rounding that the updates have multiplied
 DIFFERENT = 1e-6
 EXACT = {"rtol": 0, "atol": 1e-12}
 CLASSES = 10
 KNOWN = 64  # training images that the first network has seen
-
-
-@contextlib.contextmanager
-def doubles():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with doubles():
-        torch.manual_seed(0)
-        yield
 
 
 # ---- a run and what is remembered of it ---------------------------------------------------------------------------------

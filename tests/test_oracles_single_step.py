@@ -7,7 +7,6 @@ arrive at the same weights and BatchNorm buffers after every update, and at the 
 made wrong on purpose has to miss them.
 """
 
-import contextlib
 import copy
 import functools
 import importlib
@@ -33,28 +32,14 @@ import train_nuat
 import train_vfsat
 from engine import data, distributed, memory
 from engine.memory import Memory
+from tests.conftest import doubles
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 SAME = 1e-9  # relative, over a whole run: rounding that a few updates have multiplied
 DIFFERENT = 1e-6
 EXACT = {"rtol": 0, "atol": 1e-12}
 CLASSES = 10
-
-
-@contextlib.contextmanager
-def doubles():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with doubles():
-        torch.manual_seed(0)
-        yield
 
 
 # ---- a run and what is remembered of it ---------------------------------------------------------------------------------
