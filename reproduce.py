@@ -52,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     show = command("show", "what was measured of a table beside what was published")
     about_a_table(show)
     show.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
+    show.add_argument("--measured", action="store_true", help="without the rows that have not been measured")
     show.add_argument("--tolerance", type=float, default=1.0, help="points from the published accuracy beyond which a cell is marked (default: 1)")
     listed = "".join(f"\n  {name:<17} {each.text}" for name, each in figures.FIGURES.items())
     figure = command("figure", "measures and draws one of the papers' figures", f":\n{listed}\n\nDescribed in docs/figures.md.")
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     table = tables.find(args.table, args.dataset)
-    print(side_by_side.rendered(table, tables.SCALES[args.scale], args.results, args.format, args.tolerance))
+    print(side_by_side.rendered(table, tables.SCALES[args.scale], args.results, args.format, args.tolerance, args.measured))
 
 
 def figure(args: argparse.Namespace) -> None:

@@ -115,10 +115,11 @@ def panels(runs: Runs, path: Path) -> None:
                 axis.plot([row["epoch"] for row in run["log"]], [row[key] for row in run["log"]], linestyle=line, color=colour,
                           linewidth=1.3, label=name if run is several[0] else None)
         axis.set_title(label, fontsize=9)
-        axis.set_ylim(0, None)
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(runs):]:
         axis.set_visible(False)
+    axes[0, 0].set_ylim(bottom=0)  # of all, now that the highest is known
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (%)", fontsize=8)
     for column in range(wide):

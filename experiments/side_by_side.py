@@ -98,9 +98,9 @@ def cell(found: Cell, comparable: bool, tolerance: float) -> str:
     return f"{ours} ({found.published:.2f}, {deviation:+.2f}{'!' if abs(deviation) > tolerance else ''})"
 
 
-def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: float) -> str:
-    """The table as text, Markdown or CSV."""
-    found = lines(table, scale, results)
+def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: float, only_measured: bool = False) -> str:
+    """The table as text, Markdown or CSV, with or without rows that have not been measured."""
+    found = [line for line in lines(table, scale, results) if line.runs or not only_measured]
     if form == "csv":
         return _csv(table, scale, found)
     comparable = not scale.shrunk
@@ -108,7 +108,8 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
     body = [[line.row.name + ("" if line.row.command else " (not offered)") + (f" {MARK}" if line.unreliable else ""), line.checkpoint,
              *(cell(line.cells[column], comparable, tolerance) for column in table.columns), _minutes(line.minutes)] for line in found]
     title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
-    notes = [_legend(comparable, tolerance), *_provenance(found), *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
+    left_out = [f"{missing} of {len(table.rows)} rows have not been measured."] if (missing := len({row.name for row in table.rows} - {line.row.name for line in found})) else []
+    notes = [_legend(comparable, tolerance), *_provenance(found), *left_out, *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
     if form == "markdown":
         rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *body]
         return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in rows), "", *(f"- {note}" for note in notes)])

@@ -123,6 +123,9 @@ def test_ours_stands_beside_published_with_its_deviation(tmp_path):
     assert "80.00 ±0.00 (83.75, -3.75)" in side_by_side.rendered(table, scale, tmp_path, "text", 4.0)
     assert "n = 10000" in text and "3 seeds" in text and "a device" in text and "cccccccccc" in text
     assert "| 43.00 ±1.00 (42.92, +0.08) |" in side_by_side.rendered(table, scale, tmp_path, "markdown", 1.0)
+    measured = side_by_side.rendered(table, scale, tmp_path, "markdown", 1.0, only_measured=True).splitlines()
+    assert [line.split(" | ")[0] for line in measured if line.startswith("| FGSM") or line.startswith("| PGD")] == ["| FGSM-RS"] * 2
+    assert f"- {len(table.rows) - 1} of {len(table.rows)} rows have not been measured." in measured
     found = [row for row in csv.DictReader(io.StringIO(side_by_side.rendered(table, scale, tmp_path, "csv", 1.0))) if row["row"] == "FGSM-RS" and row["column"] == "aa"]
     assert [(row["ours"], row["sd"], row["seeds"], row["published"], row["deviation"]) for row in found] == [("43.0", "1.0", "3", "42.92", "0.08")] * 2
 
