@@ -19,9 +19,9 @@ from experiments.runner import Job, do_all
 
 @dataclass(frozen=True)
 class Demo:
-    """methods: label to script and flags, the slowest first, so that the cores are busy to the end."""
+    """methods: labels, keys of `METHODS`."""
 
-    methods: dict[str, tuple[str, ...]]
+    methods: tuple[str, ...]
     dataset: str
     common: tuple[str, ...]
     evaluation: tuple[str, ...]
@@ -29,40 +29,36 @@ class Demo:
     seeds: tuple[int, ...]
 
 
-# What the two first demos leave to the ones of all methods.
-OTHERS = {
+# Label to script and flags; the slowest first, so that the cores are busy to the end.
+METHODS = {
     "LAS-TRADES": ("train_las_at.py", "--base", "trades"), "LAS-AWP": ("train_las_at.py", "--base", "awp"), "LAS-AT": ("train_las_at.py",),
     "TRADES-AWP": ("train_awp.py", "--base", "trades"), "AWP": ("train_awp.py",), "LBGAT": ("train_lbgat.py",),
-    "TRADES": ("train_trades.py",), "MART": ("train_mart.py",), "GAIRAT": ("train_gairat.py",), "FAT": ("train_fat.py",),
-    "Free-AT": ("train_free_at.py",), "GradSum": ("train_gradsum.py",), "NuAT": ("train_nuat.py",), "GAT": ("train_gat.py",),
-    "FGSM-CKPT": ("train_fgsm_ckpt.py", "--lr", "0.2"), "FGSM-RS-CS": ("train_fgsm_rs_cs.py",), "LIET": ("train_liet.py",),
-    "FGSM-UAP": ("train_fgsm_uap.py",), "FGSM-MEP": ("train_fgsm_mep.py",), "FGSM-EP": ("train_fgsm_ep.py",),
-    "FGSM-BP": ("train_fgsm_bp.py",), "N-FGSM": ("train_n_fgsm.py",), "VFSAT": ("train_vfsat.py",), "Standard": ("train_standard.py",),
+    "TRADES": ("train_trades.py",), "MART": ("train_mart.py",), "PGD-AT": ("train_pgd_at.py",), "GAIRAT": ("train_gairat.py",),
+    "FAT": ("train_fat.py",), "Free-AT": ("train_free_at.py",), "FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "GradSum": ("train_gradsum.py",),
+    "FGSM-SDI": ("train_fgsm_sdi.py",), "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"),
+    "NuAT": ("train_nuat.py",), "GAT": ("train_gat.py",), "FGSM-CKPT": ("train_fgsm_ckpt.py", "--lr", "0.2"), "FGSM-RS-CS": ("train_fgsm_rs_cs.py",),
+    "LIET": ("train_liet.py",), "FGSM-UAP": ("train_fgsm_uap.py",), "FGSM-MEP": ("train_fgsm_mep.py",), "FGSM-EP": ("train_fgsm_ep.py",),
+    "FGSM-BP": ("train_fgsm_bp.py",), "N-FGSM": ("train_n_fgsm.py",), "VFSAT": ("train_vfsat.py",), "FGSM-RS": ("train_fgsm_rs.py",),
+    "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero"), "Standard": ("train_standard.py",),
 }
+FIRST = ("PGD-AT", "FGSM-SDI", "FGSM-RS", "FGSM-AT")
 DIGITS = ("--dataset", "digits", "--epsilon", "76.5", "--epochs", "40", "--augment", "none", "--measure", "clean,fgsm,pgd10,pgd20")
 CIFAR = ("--dataset", "cifar10", "--epsilon", "16", "--arch", "resnet18", "--width", "16", "--train-size", "8000",
          "--val-size", "500", "--epochs", "16", "--lr-schedule", "cyclic", "--measure", "clean,fgsm,pgd10,pgd20")
-ON_CIFAR = {
-    "FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "FGSM-SDI": ("train_fgsm_sdi.py",),
-    "FGSM-SDI, hard labels": ("train_fgsm_sdi.py", "--label-factor", "1"), "FGSM-RS": ("train_fgsm_rs.py",),
-    "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero"),
-}
 
 DEMOS = {
     "digits": Demo(
-        methods={"PGD-AT": ("train_pgd_at.py",), "FGSM-SDI": ("train_fgsm_sdi.py",), "FGSM-RS": ("train_fgsm_rs.py",),
-                 "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero")},
-        dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
+        methods=FIRST, dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "digits-all": Demo(
-        methods={"FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2")} | OTHERS,
+        methods=tuple(label for label in METHODS if label not in (*FIRST, "FGSM-SDI, hard labels")),
         dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "cifar": Demo(
-        methods=ON_CIFAR, dataset="cifar10", common=CIFAR,
+        methods=("FGSM-GA", "FGSM-SDI", "FGSM-SDI, hard labels", "FGSM-RS", "FGSM-AT"), dataset="cifar10", common=CIFAR,
         evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100"), checkpoints=("best", "last"), seeds=(0,)),
     # Who collapses: PGD tells that, and AutoAttack on this many networks would take a CPU days. bf16, as on a GPU: on a CPU that has
     # instructions for it, it takes half the time.
     "cifar-all": Demo(
-        methods={"PGD-AT": ("train_pgd_at.py",)} | OTHERS | ON_CIFAR, dataset="cifar10", common=(*CIFAR, "--precision", "bf16"),
+        methods=tuple(METHODS), dataset="cifar10", common=(*CIFAR, "--precision", "bf16"),
         evaluation=("--dataset", "cifar10", "--n-ex", "500", "--batch-size", "100", "--attacks", "clean,fgsm,pgd10,pgd20,pgd50,cw"),
         checkpoints=("last",), seeds=(0, 1, 2)),
 }
@@ -75,7 +71,7 @@ def plain(label: str) -> str:
 
 def job(demo: Demo, label: str, seed: int, output: Path, results: Path) -> Job:
     """A run's training, and the evaluation of each of its checkpoints."""
-    script, *flags = demo.methods[label]
+    script, *flags = METHODS[label]
     name = f"{plain(label)}-seed{seed}"
     return Job(label, seed, (script, *demo.common, *flags, "--seed", str(seed)), demo.evaluation, demo.checkpoints,
                output / name, results / f"{name}.json")

@@ -121,9 +121,17 @@ def test_recorded_and_plain_runs_agree(train_script, tiny, float64, recorders):
     assert (recorders[0].replays > 8) == (train_script not in NOT_RECORDED)
 
 
-@pytest.mark.parametrize("flags", [("--on-nonfinite", "skip"), ("--co-guard", "rollback")])
+GUARDS = [("--on-nonfinite", "skip"), ("--co-guard", "rollback")]
+
+
+@pytest.mark.parametrize("flags", GUARDS)
 def test_recorded_runs_are_guarded_alike(flags, tiny, float64, recorders, monkeypatch):
     """A loss that is not finite is left out, and a run is put back, as in the plain form."""
+    compare(*guarded(flags, tiny, monkeypatch))
+
+
+def guarded(flags: tuple[str, ...], tiny, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A recorded run and a plain one in which that happens."""
     if "skip" in flags:
         monkeypatch.setattr("torch.nn.functional.cross_entropy", sometimes_infinite(torch.nn.functional.cross_entropy))
     runs = []
@@ -133,7 +141,7 @@ def test_recorded_runs_are_guarded_alike(flags, tiny, float64, recorders, monkey
         runs.append(tiny.train("train_fgsm_rs", *FLAGS, *flags, *more))
     result = json.loads((runs[0] / "result.json").read_text())
     assert result["skipped_updates"] > 1 if "skip" in flags else result["rollbacks"] == 1
-    compare(*runs)
+    return runs
 
 
 def sometimes_infinite(cross_entropy: Callable) -> Callable:
@@ -145,16 +153,22 @@ def sometimes_infinite(cross_entropy: Callable) -> Callable:
 
 
 def test_a_recorded_run_is_resumed(tiny, recorders, differences):
-    flags = ("train_fgsm_sdi", *FLAGS, "--compile", "--k", "3")
+    runs = whole_and_interrupted(tiny)
+    states = [torch.load(run / "state.pth", weights_only=True) for run in runs]
+    compare(*runs)
+    assert differences(*(state["position"] for state in states)) == []
+
+
+def whole_and_interrupted(tiny, *more: str) -> list[Path]:
+    """A recorded run, and the same in pieces."""
+    flags = ("train_fgsm_sdi", *FLAGS, "--compile", "--k", "3", *more)
     whole = tiny.train(*flags)
     out_dir = tiny.directory / "interrupted"
     tiny.train(*flags, "--time-limit", "0", out_dir=out_dir)
     for _ in range(30):
         if not (out_dir / "result.json").is_file():
             tiny.train(*flags, "--time-limit", "0.02", out_dir=out_dir)
-    states = [torch.load(run / "state.pth", weights_only=True) for run in (whole, out_dir)]
-    compare(whole, out_dir)
-    assert differences(*(state["position"] for state in states)) == []
+    return [whole, out_dir]
 
 
 def test_nothing_waits_between_two_recorded_steps(tmp_path, recorders):

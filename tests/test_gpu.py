@@ -16,7 +16,7 @@ from torch import Tensor
 import engine
 import test_FGSM_SDI
 from engine import capture, evaluate, images, nvjpeg
-from tests.test_capture import DECISIONS, FLAGS, NOT_RECORDED, compare, sometimes_infinite
+from tests.test_capture import DECISIONS, FLAGS, GUARDS, NOT_RECORDED, compare, guarded, whole_and_interrupted
 from tests.test_card import trained
 from tests.test_evaluation_compiled import BATCH, COLUMNS, autoattack, plain_columns
 from tests.test_evaluation_compiled import images as digits
@@ -74,17 +74,9 @@ def test_compiled_and_plain_runs_agree(script, tiny, float64):
     compare(*(tiny.train(script, *FLAGS, *DECISIONS.get(script, ()), *ON, *more) for more in (("--compile",), ())), **RATES)
 
 
-@pytest.mark.parametrize("flags", [("--on-nonfinite", "skip"), ("--co-guard", "rollback")])
+@pytest.mark.parametrize("flags", GUARDS)
 def test_recorded_runs_are_guarded_alike(flags, tiny, float64, uncompiled, monkeypatch):
-    if "skip" in flags:
-        monkeypatch.setattr("torch.nn.functional.cross_entropy", sometimes_infinite(torch.nn.functional.cross_entropy))
-    runs = []
-    for more in (("--compile",), ()):
-        alarms = iter([False] * 4 + [True] + [False] * 9)
-        monkeypatch.setattr("engine.guard.overfitted", lambda readings: [next(alarms)])
-        runs.append(tiny.train("train_fgsm_rs", *FLAGS, *ON, *flags, *more))
-    assert result(runs[0])["skipped_updates"] > 1 if "skip" in flags else result(runs[0])["rollbacks"] == 1
-    compare(*runs, **RATES)
+    compare(*guarded((*flags, *ON), tiny, monkeypatch), **RATES)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -114,12 +106,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(train_script, tiny, difference
 
 
 def test_a_recorded_run_is_resumed(tiny, float64, uncompiled):
-    flags = ("train_fgsm_sdi", *FLAGS, *ON, "--compile", "--k", "3")
-    whole, parts = tiny.train(*flags), tiny.directory / "interrupted"
-    for limit in (0, *[0.02] * 30):
-        if not (parts / "result.json").is_file():
-            tiny.train(*flags, "--time-limit", limit, out_dir=parts)
-    compare(parts, whole, **RATES)
+    compare(*whole_and_interrupted(tiny, *ON), **RATES)
 
 
 @pytest.mark.parametrize("compile", [False, True])
