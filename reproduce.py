@@ -14,7 +14,7 @@ from engine import record
 from engine.config import Parser
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
-from engine.run import chosen_device, keep_freed_memory
+from engine.device import chosen_device, keep_freed_memory
 from experiments import figures, side_by_side, tables
 from experiments.figures import sources
 from experiments.runner import all_devices, do_all

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine import card, checkpoint, data, distributed, evaluate, foreign, record
 from engine.config import Parser
 from engine.errors import Misuse, one_sentence
-from engine.run import chosen_device, keep_freed_memory
+from engine.device import chosen_device, keep_freed_memory
 
 DATASET_OF = {(10, 1): "digits", (10, 3): "cifar10", (100, 3): "cifar100", (43, 3): "gtsrb", (200, 3): "tiny-imagenet", (1000, 3): "imagenet"}
 

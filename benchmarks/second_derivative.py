@@ -180,7 +180,7 @@ def subject(arch: str, width: int, batch: int, updates: int, device: torch.devic
 
 def arguments_at(precision: str, penalty: str, network: nn.Module, x: Tensor, noisy: Tensor, y: Tensor) -> tuple[nn.Module, Tensor, Tensor, Penalty]:
     """What a form is called with: the network as scripts see it, x + eta, labels, and the penalty of the gradient there."""
-    from engine.run import Classifier
+    from engine.networks import Classifier
 
     dtype = torch.float64 if precision == "float64" else torch.float32
     with untracked(network):  # and so stays its copy
@@ -289,7 +289,7 @@ def measure(name: str, given: dict[str, tuple], exact: list[Tensor], timed: str,
 
 def main(argv: list[str] | None = None) -> None:
     from engine import record
-    from engine.run import chosen_device
+    from engine.device import chosen_device
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default="preactresnet18,resnet18", help="with commas between them")

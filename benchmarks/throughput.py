@@ -97,7 +97,7 @@ def ours(flags: tuple[str, ...], batches: int, warm_up: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def done(run: Any, before: float, timed: float) -> None:
-        found.update(images_per_second=(batches - warm_up) * run.cfg.batch_size / timed, seconds_before=before, precision=run._precision,
+        found.update(images_per_second=(batches - warm_up) * run.cfg.batch_size / timed, seconds_before=before, precision=run.precision,
                      peak_memory_bytes=record.peak_memory(run.device), seconds_per_epoch=50_000 / ((batches - warm_up) * run.cfg.batch_size / timed))
 
     script, *rest = flags
@@ -178,7 +178,7 @@ def apart(function: Any, *arguments: Any) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     from engine import record
-    from engine.run import chosen_device
+    from engine.device import chosen_device
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, help="a copy of jiaxiaojunQAQ/FGSM-SDI; without it the published loop is left out")

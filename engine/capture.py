@@ -142,9 +142,9 @@ class Captured:
             if seen < WARM_UP:
                 run._graph.warm_up(lambda: self._plainly(steady))
                 return run._replayed(0)
-            kept, before = _addresses(run._everything()), run.step
+            kept, before = _addresses(run._kept.tensors()), run.step
             replay = run._graph.record(lambda: self._plainly(steady))
-            if kept != _addresses(run._everything()):
+            if kept != _addresses(run._kept.tensors()):
                 raise Failure(f"{self.step.__name__} puts a new tensor where run.keep has an old one: update it in place, for example with copy_")
             self.recordings[key] = replay, numbers, _addresses(arguments), run.step - before
             replay()

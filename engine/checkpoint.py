@@ -1,15 +1,17 @@
 """Files that a kill at any instant leaves whole: the state of a run, and weights."""
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import zipfile
 from pathlib import Path
 from typing import Any, IO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine import record
+from engine.config import Config
 from engine.errors import Misuse
 
 
@@ -46,27 +48,29 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def state_of(kept: Any) -> Any:
-    """The saved form of a network, an optimizer or a tensor."""
-    return kept.detach() if isinstance(kept, Tensor) else kept.state_dict()
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
+"""The flags that a resumed run may be given anew."""
 
 
-def restore(kept: Any, saved: Any, name: str) -> None:
-    """Puts a saved form back, in place.
+def find(path: Path, cfg: Config) -> dict[str, Any] | None:
+    """The saved run that `cfg` goes on with, or None.
 
     Raises:
-        Misuse: it does not fit.
+        Misuse: it is damaged, or of another configuration; or there is none, with --resume must.
     """
-    try:
-        if isinstance(kept, Tensor):
-            if kept.shape != saved.shape or kept.dtype != saved.dtype:
-                raise ValueError(f"{saved.dtype} {tuple(saved.shape)} saved, {kept.dtype} {tuple(kept.shape)} wanted")
-            with torch.no_grad():
-                kept.copy_(saved)
-        else:
-            kept.load_state_dict(saved)
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise Misuse(f"the saved {name!r} does not fit this run ({error}): start again with --resume never") from error
+    if cfg.resume == "must" and not path.is_file():
+        raise Misuse(f"--resume must: there is no {path} to continue from")
+    if cfg.resume == "never" or not path.is_file():
+        return None
+    saved = load_state(path)
+    if missing := {"kept", "sums", "history", "best", "seconds", "rng", "rng_cuda", "guard", "finite", "config"} - saved.keys():
+        raise Misuse(f"{path} has no {', '.join(sorted(missing))}: it is another version's; start again with --resume never, or in another --out-dir")
+    wanted = {"method": cfg.METHOD, **dataclasses.asdict(cfg)}
+    for name in [*wanted, *(saved["config"].keys() - wanted.keys())]:
+        if name not in MAY_CHANGE and saved["config"].get(name) != wanted.get(name):
+            raise Misuse(f"{path} was saved with {name} {saved['config'].get(name)}, this run has {wanted.get(name)}: give the same, "
+                         "or --resume never to start again, or another --out-dir")
+    return saved
 
 
 def weights(network: nn.Module, description: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: catastrophic overfitting, and updates that are not finite.
+"""What is watched while a run trains: catastrophic overfitting.
 
 Catastrophic overfitting (Wong et al., ICLR 2020): within some hundred updates a network trained by a single step keeps or
 gains accuracy under FGSM while that under PGD falls towards zero. What the signs are, what they cost, how often they are
@@ -6,7 +6,6 @@ wrong, and what a rollback changes: docs/guard.md.
 """
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import statistics
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from engine import checkpoint, distributed
@@ -29,7 +27,6 @@ LOOK = 20  # batches between two looks at the training loss, each of which makes
 LOSS_FALL, LOSS_MEMORY = 0.7, 0.1  # a loss below this part of what it was of late is suspicious; how fast "of late" follows
 TEST_IMAGES, TEST_EVERY = 256, 180_000  # images; the second: trained between two tests that nothing suspicious asked for
 ROLLBACKS = 3
-IN_A_ROW = 10  # updates that are not finite, one after the other, before --on-nonfinite skip gives up
 GOOD = "good.pth"
 
 
@@ -133,7 +130,7 @@ class Guard:
         Raises:
             Failure: the run is to stop.
         """
-        run._read()
+        run._finite.read(run)
         before, self.sums = self.sums, [run._sums["loss"].item(), run._sums["seen"].item()]
         loss = (self.sums[0] - before[0]) / max(self.sums[1] - before[1], 1.0)
         fell = bool(distributed.most(int(self.level is not None and loss < LOSS_FALL * self.level), run.device))
@@ -167,17 +164,18 @@ class Guard:
     # ---- what goes on inside ------------------------------------------------------------------------------------
 
     def _reading(self, run: Run, row: dict[str, Any]) -> Reading:
-        return Reading(row[f"{run.cfg.select_on}_fgsm"], row[f"{run.cfg.select_on}_pgd10"], run._measured[run.cfg.select_on][2])
+        return Reading(row[f"{run.cfg.select_on}_fgsm"], row[f"{run.cfg.select_on}_pgd10"], run._held_out.sizes[run.cfg.select_on])
 
     def _test(self, run: Run) -> Reading:
         """The network as it is now on the first of the held-out images; every process has its share of them."""
-        fgsm, pgd10, n = run._standing(run.network, run.cfg.select_on, Reading._fields[:2], TEST_IMAGES)
+        with run._evaluating():
+            fgsm, pgd10, n = run._held_out.standing(run.network, run.cfg.select_on, Reading._fields[:2], TEST_IMAGES)
         return Reading(100 * fgsm / n, 100 * pgd10 / n, int(n))
 
     def _judge(self, run: Run, reading: Reading) -> bool:
         """Acts on a reading; returns whether the run was put back."""
         known = self.alarmed
-        self.alarmed = overfitted([*(self._reading(run, row) for row in run._history), reading])[-1]
+        self.alarmed = overfitted([*(self._reading(run, row) for row in run._journal.rows), reading])[-1]
         if not self.alarmed or known and self.mode == "warn":
             return False
         action = "stop" if self.mode == "rollback" and self.rollbacks == ROLLBACKS else self.mode
@@ -212,60 +210,6 @@ class Guard:
         lost = seconds["training"] - run._seconds["training"]
         run._seconds = seconds | {"training": run._seconds["training"], "rolled_back": seconds.get("rolled_back", 0.0) + lost}
         run._save()
-
-
-class Finite:
-    """`--on-nonfinite`: which updates may be made, decided on the device without making it wait.
-
-    Args:
-        skips: whether an update that is not finite is left out and counted: up to 1 % of an epoch's classifier updates
-            (at least one), and fewer than `IN_A_ROW` one after the other; the next one, or else the first, is fatal.
-        updates: of the classifier in an epoch.
-    """
-
-    def __init__(self, skips: bool, updates: int, device: torch.device) -> None:
-        self.skips, self.allowed = skips, math.ceil(updates / 100)
-        self.fatal = torch.full((), -1, dtype=torch.int64, device=device)  # the number of the update that ends the run
-        self.skipped, self.row = torch.zeros_like(self.fatal), torch.zeros_like(self.fatal)  # in this epoch; one after the other
-        self._buffers: list[Tensor] = []
-        self._copy: Tensor | None = None
-
-    def admit(self, finite: Tensor, step: int | Tensor) -> Tensor:
-        """Whether update number `step` is to be made, () bool; none is after a fatal one."""
-        fine = finite
-        if self.skips:
-            self.skipped += ~finite
-            self.row.add_(1).mul_(~finite)
-            fine = finite | (self.skipped <= self.allowed) & (self.row < IN_A_ROW)
-        self.fatal.copy_(torch.where(fine | (self.fatal >= 0), self.fatal, step))
-        return finite & (self.fatal < 0)
-
-    def watch(self, buffers: list[Tensor]) -> None:
-        """These are put back where an update is left out: BatchNorm's averages took in what led to it."""
-        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()] if self.skips else []
-        self._copy = self._flat()
-
-    def repair(self, made: Tensor) -> None:
-        """After an update that was made or not, () bool."""
-        if self._copy is not None:
-            self._copy.copy_(torch.where(made, self._flat(), self._copy))  # in place: a recorded step reads it where it was
-            parts = self._copy.split([buffer.numel() for buffer in self._buffers])
-            torch._foreach_copy_(self._buffers, [part.view_as(buffer) for part, buffer in zip(parts, self._buffers)])
-
-    def state(self) -> list[int]:
-        return [int(self.skipped), int(self.row)]
-
-    def load(self, state: list[int]) -> None:
-        self.skipped.fill_(state[0])
-        self.row.fill_(state[1])
-
-    @property
-    def reason(self) -> str:
-        """Why the run cannot go on, once `fatal` is an update."""
-        return f"; {int(self.skipped)} updates of this epoch were not finite, {int(self.row)} one after the other" if self.skips else ""
-
-    def _flat(self) -> Tensor | None:
-        return torch.cat([buffer.flatten() for buffer in self._buffers]) if self._buffers else None
 
 
 def _link(source: Path, target: Path) -> None:

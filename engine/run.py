@@ -1,10 +1,8 @@
 """A training run: what a method's script calls, and everything that happens between two of its batches."""
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
-import os
 import signal
 import sys
 import threading
@@ -18,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import models
-from engine import batchnorm, capture, checkpoint, data, distributed, evaluate, record
+from engine import batchnorm, capture, checkpoint, data, distributed, networks, record
 from engine.config import Config, numbers
+from engine.device import chosen_device, clock, set_up
 from engine.errors import Failure, Misuse
-from engine.guard import GOOD, Finite, Guard
+from engine.finite import Finite
+from engine.guard import GOOD, Guard
+from engine.heldout import HeldOut
+from engine.journal import Journal
+from engine.kept import Kept
 from engine.memory import Memory
 from engine.schedule import MOMENTUM
-
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
-"""The flags that a resumed run may be given anew."""
-
 
 _STOP = 2  # more than 1, which is to save and go on
 
@@ -40,22 +38,6 @@ class Position:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-
-
-class Classifier(nn.Module):
-    """The network as scripts see it: images in [0, 1] to full-precision logits; memory layout and bf16 are inside."""
-
-    def __init__(self, network: nn.Module, autocast: torch.dtype | None) -> None:
-        super().__init__()
-        self.network, self.autocast = network, autocast
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, classes)."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.autocast is None:
-            return self.network(x)
-        with torch.autocast(x.device.type, self.autocast):
-            return self.network(x).float()
 
 
 class Run:
@@ -77,23 +59,17 @@ class Run:
         self.out_dir = Path(cfg.out_dir)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
-        self._saved = self._find_saved()
+        self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
         if distributed.most(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        elif self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        set_up(self.device, cfg.deterministic)
 
         self._prepare_data()
         torch.manual_seed(cfg.seed)
+        self._autocast = networks.autocast(cfg, self.device)
         self.network = self._build()
-        self.model = self._seen_by_scripts(self.network).train()
+        self.model = networks.seen_by_scripts(self.network, cfg, self._autocast)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)
         self.average = self._build() if cfg.ema else None
@@ -105,11 +81,12 @@ class Run:
         self.total = cfg.epochs * len(self._data) * updates_per_batch
         self._updates_per_epoch = len(self._data) * updates_per_batch
         self._schedule = cfg.schedule()
-        self._kept: dict[str, Any] = {}
+        self._kept = Kept()
         self._generator = torch.Generator(self.device)
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
         self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device)
-        self._guard = Guard(cfg.co_guard, self._columns)
+        self._guard = Guard(cfg.co_guard, self._held_out.columns)
+        self._journal = Journal(cfg, self._held_out, averages=bool(cfg.ema))
         self._captures = cfg.compile and capture.possible(self.device) and distributed.world() == 1
         self._deferred = self.device.type == "cuda" or self._captures  # whether reading a number would make the device wait
         self._steps: list[capture.Captured] = []
@@ -117,8 +94,6 @@ class Run:
             self._graph = capture.Graph(self.device, [self._generator])
             self._rates = capture.Rates(map(self._rates_of, range(self.total)), self.device)
             self._steady: dict[int, list[Tensor]] = {}
-        self._history: list[dict[str, Any]] = []
-        self._best: dict[str, Any] = {}
         self._seconds = {"training": 0.0, "compilation": 0.0, "evaluation": 0.0, "saving": 0.0, "preparation": time.perf_counter() - self._began}
         self._asked_to_stop = False
         self.keep(classifier=self.network, optimizer=self.optimizer, **({"average": self.average} if cfg.ema else {}))
@@ -152,6 +127,11 @@ class Run:
         return self.dataset.channels
 
     @property
+    def precision(self) -> str:
+        """What the network trains in: bf16, fp32, or fp64 where that is torch's default."""
+        return "bf16" if self._autocast else str(torch.get_default_dtype()).removeprefix("torch.").replace("float", "fp")
+
+    @property
     def lr(self) -> float:
         """The learning rate of the classifier's next update."""
         return self._rates_of(self.step)[0]
@@ -181,9 +161,9 @@ class Run:
                 distributed.copy_from_first(list(kept.state_dict().values()) if isinstance(kept, nn.Module) else [kept])
             self._kept[name] = kept
 
-    def classifier(self, arch: str | None = None) -> Classifier:
+    def classifier(self, arch: str | None = None) -> networks.Classifier:
         """Another network for this data set in training mode, like `run.model`: of --arch, or of a name from `models`."""
-        return self._seen_by_scripts(self._build(arch)).train()
+        return networks.seen_by_scripts(self._build(arch), self.cfg, self._autocast)
 
     def memory(self, name: str, *, per_image: bool = True, scale: float = 1.0, aligned: bool = False) -> Memory:
         """A kept memory of x's shape for every training image, read and written with the batch's `index`.
@@ -202,7 +182,7 @@ class Run:
             raise Misuse(f"--dataset {self.cfg.dataset}: a memory cannot be aligned with images that are streamed")
         memory = Memory(
             self._data.n if per_image else self.cfg.batch_size, self.shape, scale=scale, device=self.device,
-            dtype=torch.half if per_image and self._autocast() else torch.get_default_dtype(), gather=lambda part: distributed.gathered(part, self._global_batch),
+            dtype=torch.half if per_image and self._autocast else torch.get_default_dtype(), gather=lambda part: distributed.gathered(part, self._global_batch),
             **({"places": lambda: self._data.places, "pad": self._data.pad} if aligned else {}))
         self.keep(**{name: memory.values})
         return memory
@@ -250,8 +230,8 @@ class Run:
         limit = self.cfg.time_limit
         self._deadline = float("inf") if limit is None else self._began + 60 * limit
         self._last_save = time.perf_counter()
-        self._buffers = [buffer for kept in self._kept.values() if isinstance(kept, nn.Module) for buffer in kept.buffers()]
-        self._finite.watch([buffer for name, kept in self._kept.items() if isinstance(kept, nn.Module) and name != "average" for buffer in kept.buffers()])
+        self._buffers = self._kept.buffers()
+        self._finite.watch(self._kept.buffers(without="average"))
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask_to_stop) if main_thread else None
         try:
@@ -297,13 +277,12 @@ class Run:
         self.averaged([*gradients, value])
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        made, undo = self._watch(value, parameters, optimizer)
-        if main and self._inside and self._captures:
-            self._rates.set(optimizer, made)
-        elif main:
-            self._set_rates(self._position.step)
-        optimizer.step()
-        undo()
+        with self._finite.admitting(self, value, parameters, optimizer) as made:
+            if main and self._inside and self._captures:
+                self._rates.set(optimizer, made)
+            elif main:
+                self._set_rates(self._position.step)
+            optimizer.step()
         distributed.copy_from_first(self._buffers)  # BatchNorm's averages: those of the first process's images
         if not main:
             return
@@ -311,7 +290,7 @@ class Run:
         if self._captures:
             self._rates.at.add_(1)
         if self.average is not None:
-            self._average()
+            networks.follow(self.average, self.network, self.cfg.ema)
         self._sums["loss"] += torch.where(made, value, 0.0) * self._global_batch
         self._sums["seen"] += made * self._global_batch
         if logits is not None:
@@ -382,63 +361,46 @@ class Run:
         return distributed.most(wanted, self.device)
 
     def _end_of_epoch(self) -> None:
-        self._read()
+        self._finite.read(self)
         sums = {name: value.item() for name, value in self._sums.items()}
         trained = self._seconds["training"]
         row: dict[str, Any] = {
             "epoch": self.epoch + 1, **dict(zip(("lr", "momentum"), self._rates_of(self.step - 1))),
             "loss": sums["loss"] / (sums["seen"] or math.nan), "train_accuracy": 100 * sums["correct"] / (sums["seen"] or math.nan),
-            "images_per_second": self._data.n / (trained - (self._history[-1]["seconds"] if self._history else 0.0)), "seconds": trained,
+            "images_per_second": self._data.n / (trained - (self._journal.rows[-1]["seconds"] if self._journal.rows else 0.0)), "seconds": trained,
         }
-        row.update(self._evaluate(self.network))
+        row.update(self._accuracies(self.network))
         row["skipped_updates"] = int(self._finite.skipped)
         if self._guard.epoch_ended(self, row):
             return
-        row["weights"] = "raw"
-        if self.average is not None:
-            averaged = self._evaluate(self.average)
-            row.update({f"{key}_ema": value for key, value in averaged.items()})
-            row["weights"] = "ema" if averaged[self._criterion] >= row[self._criterion] else "raw"
-        self._history.append(row)
-        score = row[self._criterion + ("_ema" if row["weights"] == "ema" else "")]
-        better = not self._best or score >= self._best["score"]  # a later epoch wins a tie, as in the published scripts
-        if better:
-            self._best = {"score": score, "epoch": row["epoch"], "weights": row["weights"]}
-        self._report(row, better)
+        better = self._journal.add(row, self._accuracies(self.average) if self.average is not None else None)
         self._position = Position(self.epoch + 1, 0, self.step)
         for value in (*self._sums.values(), self._finite.skipped):
             value.zero_()
         if distributed.rank() == 0:
-            last = "ema" if self.average is not None else "raw"
-            checkpoint.save(self._weights(last, row["epoch"]), self.out_dir / "last.pth")
+            self._journal.tell(better, self.out_dir)
+            checkpoint.save(self._weights(self._journal.last_weights, row["epoch"]), self.out_dir / "last.pth")
             if better:
                 checkpoint.save(self._weights(row["weights"], row["epoch"]), self.out_dir / "best.pth")
-            record.write_lines(self._history, self.out_dir / "log.jsonl")
+            record.write_lines(self._journal.rows, self.out_dir / "log.jsonl")
         self._save()
         if self.epoch < self.cfg.epochs and self._wanted() == _STOP:
             self._leave()
 
     def _finish(self) -> None:
         """Writes result.json."""
-        def at(epoch: int, kind: str) -> dict[str, Any]:
-            row, suffix = self._history[epoch - 1], "_ema" if kind == "ema" else ""
-            n = self._measured[self.cfg.select_on][2]
-            measured = {column: record.percent_of(row[f"{self.cfg.select_on}_{column}{suffix}"], n) for column in self._columns}
-            return {"epoch": epoch, "weights": kind, "split": self.cfg.select_on, **measured}
-
-        last = "ema" if self.average is not None else "raw"
-        if distributed.rank() == 0 and self._history:
+        if distributed.rank() == 0 and self._journal.rows:
+            checkpoints = self._journal.checkpoints()
             record.write_json({
                 "method": self.cfg.METHOD, "dataset": self.cfg.dataset, "arch": self.cfg.arch,
-                "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self._precision),
+                "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self.precision),
                 "processes": distributed.world(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
                 "images_per_second": self._data.n * self.cfg.epochs / self._seconds["training"], "updates": self.step,
                 "alarms": self._guard.alarms, "rollbacks": self._guard.rollbacks,
-                "skipped_updates": sum(row.get("skipped_updates", 0) for row in self._history),
-                "evaluation": {"seed": self.cfg.seed, "batch_size": self._evaluation_batch, "pgd_alpha": self.cfg.epsilon / 4},
-                "checkpoints": {"best": at(self._best["epoch"], self._best["weights"]), "last": at(self.cfg.epochs, last)},
+                "skipped_updates": sum(row.get("skipped_updates", 0) for row in self._journal.rows),
+                "evaluation": self._held_out.settings(), "checkpoints": checkpoints,
             }, self.out_dir / "result.json")
-            print(f"done: {self.out_dir}/best.pth (epoch {self._best['epoch']}) and last.pth; "
+            print(f"done: {self.out_dir}/best.pth (epoch {checkpoints['best']['epoch']}) and last.pth; "
                   f"evaluate with: python test_FGSM_SDI.py --model_path {self.out_dir}/best.pth --data-dir {self.cfg.data_dir}")
         distributed.wait()
 
@@ -456,14 +418,8 @@ class Run:
         x, y, x_val, y_val = self.dataset.split(cfg.train_size, cfg.val_size)
         if cfg.select_on == "test":
             x_val, y_val = self.dataset.x_test, self.dataset.y_test
-        self._measured: dict[str, tuple[Tensor, Tensor, int]] = {}  # this process's images and labels, and how many all have
-        for split, images, labels in ((cfg.select_on, x_val, y_val), ("train", x[:cfg.measure_train], y[:cfg.measure_train])):
-            if len(images):
-                part = distributed.shard(len(images))
-                self._measured[split] = torch.from_numpy(self.dataset.pixels(images[part])), torch.from_numpy(labels[part]), len(images)
-        self._columns = evaluate.columns_named(cfg.measure)
-        self._evaluation_batch = max(cfg.batch_size, 128)
-        self._criterion = f"{cfg.select_on}_pgd10"
+        splits = {cfg.select_on: (x_val, y_val), "train": (x[:cfg.measure_train], y[:cfg.measure_train])}
+        self._held_out = HeldOut(cfg, self.dataset, splits, self.device)
         crop = cfg.augment == "crop"
         shared = dict(batch_size=cfg.batch_size, seed=cfg.seed, device=self.device, shard=distributed.shard)
         if self.dataset.streamed:
@@ -473,66 +429,11 @@ class Run:
                 x, y, pad=self.dataset.pad if crop else 0, flip=self.dataset.flip and crop, padding=cfg.padding, **shared)
 
     def _build(self, arch: str | None = None) -> nn.Module:
-        arch = arch or self.cfg.arch
-        statistics = data.NORMALISATIONS[self.cfg.dataset] if self.cfg.normalise == "dataset" else None
-        try:
-            network = models.build(arch, classes=self.classes, channels=self.channels, width=self.cfg.width,
-                                   normalise=statistics, image_size=self.dataset.image_size)
-        except ValueError as error:
-            raise Misuse(f"--arch {arch}: {error}") from error
-        return network.to(self.device, memory_format=torch.channels_last)
-
-    def _autocast(self) -> torch.dtype | None:
-        use = self.cfg.precision == "bf16"
-        if self.cfg.precision == "auto":
-            use = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self._precision = "bf16" if use else str(torch.get_default_dtype()).removeprefix("torch.").replace("float", "fp")
-        return torch.bfloat16 if use else None
-
-    def _seen_by_scripts(self, network: nn.Module) -> Classifier:
-        if self.cfg.compile and self.cfg.COMPILES:
-            network = capture.Compiled(network)
-        return Classifier(network, self._autocast())
+        return networks.build(self.cfg, self.dataset, self.device, arch)
 
     def _noise(self, x: Tensor, fill) -> Tensor:
         noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return fill(noise)[distributed.shard(self._global_batch)]
-
-    def _watch(self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> tuple[Tensor, Callable[[], None]]:
-        """Keeps a loss or a gradient that is not finite away from the weights, without making a GPU wait for the answer.
-
-        Returns:
-            Whether the update is to be made, () bool, and what is to be called after the optimizer's step.
-        """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))
-        made = self._finite.admit(finite, self._rates.at if self._captures else self._position.step)
-        if not self._deferred:
-            self._read()
-            if made:
-                return made, lambda: self._finite.repair(made)
-        if optimizer.defaults.get("fused"):
-            new = [parameter for parameter in parameters if parameter not in optimizer.state]
-            optimizer.found_inf = (~made).float()  # a fused optimizer then leaves out its step
-
-            def undo() -> None:
-                del optimizer.found_inf
-                for parameter in new if self._finite.skips else ():  # a step left out makes SGD's buffers without filling them
-                    for value in optimizer.state[parameter].values():
-                        if isinstance(value, Tensor):
-                            value.copy_(torch.where(made, value, 0))
-                self._finite.repair(made)
-            return made, undo
-        before = [parameter.detach().clone() for parameter in parameters]
-        for gradient in gradients if self._finite.skips else ():
-            gradient.copy_(torch.where(made, gradient, 0))  # what the optimizer remembers only fades
-
-        def undo() -> None:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, before):
-                    parameter.copy_(torch.where(made, parameter, value))
-            self._finite.repair(made)
-        return made, undo
 
     def _rates_of(self, step: int) -> tuple[float, float]:
         """Learning rate and momentum of the classifier's update after `step` others."""
@@ -585,71 +486,16 @@ class Run:
         self._position.step += updates
         self._set_rates(max(self.step - 1, 0))
 
-    def _everything(self) -> Iterator[Tensor]:
-        """All tensors that are kept."""
-        for kept in self._kept.values():
-            if isinstance(kept, torch.optim.Optimizer):
-                yield from (value for state in kept.state.values() for value in state.values() if isinstance(value, Tensor))
-            else:
-                yield from kept.state_dict().values() if isinstance(kept, nn.Module) else [kept]
+    def _accuracies(self, network: nn.Module) -> dict[str, float]:
+        with self._evaluating():
+            return self._held_out.accuracies(network)
 
-    def _read(self) -> None:
-        if (step := int(self._finite.fatal)) >= 0:
-            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {self._position.epoch + 1}){self._finite.reason}; the weights were left "
-                          f"as they were, and {self.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
-
-    def _average(self) -> None:
-        """Exponential moving average of every entry of the state, BatchNorm's too, as the FastAT Benchmark has it."""
-        with torch.no_grad():
-            pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values()))
-            averaged, current = map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point())))
-            torch._foreach_lerp_(averaged, current, 1 - self.cfg.ema)
-            for mean, value in pairs:
-                if not mean.is_floating_point():
-                    mean.copy_(value)
-
-    def _evaluate(self, network: nn.Module) -> dict[str, float]:
-        accuracies = {}
-        for split in self._measured:
-            *counts, n = self._standing(network, split, self._columns)
-            accuracies |= {f"{split}_{column}": 100 * count / n for column, count in zip(self._columns, counts)}
-        return accuracies
-
-    def _standing(self, network: nn.Module, split: str, columns: Sequence[str], most: int | None = None) -> list[float]:
-        """How many images are still classified right under each column, and how many there are, over all processes.
-
-        Args:
-            split: which images, a key of `_measured`.
-            most: no more than so many of them, each process's first.
-        """
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """What goes on inside is evaluation."""
         began = self._clock()
-        x, y, n = self._measured[split]
-        mine = distributed.shard(n if most is None else most)
-        x, y = (images[:mine.stop - mine.start] for images in (x, y))
-        found = evaluate.verdicts(
-            network, x, y, columns=columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4, seed=self.cfg.seed,
-            batch_size=self._evaluation_batch, first=distributed.shard(n).start)
-        counts = torch.tensor([*(float(found[column].sum()) for column in columns), len(y)], dtype=torch.float64, device=self.device)
-        distributed.sum_([counts])
+        yield
         self._seconds["evaluation"] += self._clock() - began
-        return counts.tolist()
-
-    def _report(self, row: dict[str, Any], better: bool) -> None:
-        if distributed.rank() > 0:
-            return
-        held_out = "  ".join(f"{column} {row[f'{self.cfg.select_on}_{column}']:5.2f}" for column in self._columns)
-        print(f"epoch {row['epoch']:3d}/{self.cfg.epochs}  loss {row['loss']:.4f}  train {row['train_accuracy']:5.2f}  "
-              f"{self.cfg.select_on}: {held_out}  lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s"
-              f"{'  (best)' if better else ''}", flush=True)
-        if self.cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise Misuse("--tensorboard: the package is missing; pip install tensorboard") from error
-            with SummaryWriter(str(self.out_dir)) as writer:
-                for name, value in row.items():
-                    if isinstance(value, float):
-                        writer.add_scalar(name, value, row["epoch"])
 
     def _weights(self, kind: str, epoch: int) -> dict[str, Any]:
         return checkpoint.weights(self.average if kind == "ema" else self.network, {
@@ -658,15 +504,13 @@ class Run:
             "epsilon": float(self.cfg.epsilon), "epoch": epoch, "weights": kind, "seed": self.cfg.seed})
 
     def _save(self) -> None:
-        self._read()
-        self._check_kept()
-        began = time.perf_counter()
+        self._finite.read(self)
+        kept, began = self._kept.state(), time.perf_counter()
         if distributed.rank() == 0:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             state = {
                 "position": dataclasses.asdict(self._position),
-                "kept": {name: checkpoint.state_of(kept) for name, kept in self._kept.items()},
-                "sums": self._sums, "history": self._history, "best": self._best, "seconds": self._seconds,
+                "kept": kept, "sums": self._sums, "history": self._journal.rows, "best": self._journal.best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
                 "guard": self._guard.state(), "finite": self._finite.state(),
                 "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
@@ -678,31 +522,6 @@ class Run:
         self._last_save = time.perf_counter()
         self._seconds["saving"] += self._last_save - began
         self._guard.saved(self)
-
-    def _check_kept(self) -> None:
-        """A script that wrote `memory = memory + ...` left the engine with the old tensor, which nobody else holds."""
-        alone = {"only": torch.zeros(0)}
-        nobody = sys.getrefcount(alone["only"])
-        for name in self._kept:
-            if sys.getrefcount(self._kept[name]) <= nobody:
-                raise Failure(f"{name!r} was given to run.keep and then rebound: update it in place, for example with copy_, "
-                              "or a resumed run would start from the old one")
-
-    def _find_saved(self) -> dict[str, Any] | None:
-        path, cfg = self.out_dir / "state.pth", self.cfg
-        if cfg.resume == "must" and not path.is_file():
-            raise Misuse(f"--resume must: there is no {path} to continue from")
-        if cfg.resume == "never" or not path.is_file():
-            return None
-        saved = checkpoint.load_state(path)
-        if missing := {"kept", "sums", "history", "best", "seconds", "rng", "rng_cuda", "guard", "finite", "config"} - saved.keys():
-            raise Misuse(f"{path} has no {', '.join(sorted(missing))}: it is another version's; start again with --resume never, or in another --out-dir")
-        wanted = {"method": cfg.METHOD, **dataclasses.asdict(cfg)}
-        for name in [*wanted, *(saved["config"].keys() - wanted.keys())]:
-            if name not in MAY_CHANGE and saved["config"].get(name) != wanted.get(name):
-                raise Misuse(f"{path} was saved with {name} {saved['config'].get(name)}, this run has {wanted.get(name)}: give the same, "
-                             "or --resume never to start again, or another --out-dir")
-        return saved
 
     def _write_config(self, fresh: bool) -> None:
         """config.json; and what another run left here goes before a new one begins."""
@@ -716,13 +535,9 @@ class Run:
         saved, self._saved = self._saved, None
         if saved is None:
             return
-        if saved["kept"].keys() != self._kept.keys():
-            raise Misuse(f"{self.out_dir}/state.pth keeps {', '.join(saved['kept'])}, this run keeps {', '.join(self._kept)}: "
-                         "it is another version's; start again with --resume never")
-        for name, kept in self._kept.items():
-            checkpoint.restore(kept, saved["kept"][name], name)
-        self._position = Position(**saved["position"])
-        self._history, self._best, self._seconds = saved["history"], saved["best"], self._seconds | saved["seconds"]
+        self._kept.restore(saved["kept"], self.out_dir / "state.pth")
+        self._position, self._seconds = Position(**saved["position"]), self._seconds | saved["seconds"]
+        self._journal.rows, self._journal.best = saved["history"], saved["best"]
         for name, value in self._sums.items():
             value.copy_(saved["sums"][name])
         for step in self._steps:
@@ -739,9 +554,7 @@ class Run:
                   else f"{self.out_dir} is finished; --resume never trains it again")
 
     def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return clock(self.device)
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._asked_to_stop = True
@@ -751,37 +564,3 @@ class Run:
             print(f"saved {self.out_dir}/state.pth at epoch {self.epoch + 1}, batch {self.batch}; run the same command again to continue")
         distributed.wait()
         raise SystemExit(0)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what torch frees on the CPU; elsewhere it does nothing.
-
-    Every step allocates and frees the same activations, larger than what malloc keeps by itself: each goes back to the
-    kernel and comes back zeroed, a page at a time. Keeping them made a ResNet18 step at batch 128 about a fifth shorter.
-    """
-    mmap_max, trim_threshold = -4, -1  # of mallopt(3)
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device that --device names; auto: a GPU where there is one.
-
-    Raises:
-        Misuse: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise Misuse(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose --device cpu, or auto")
-    if device.type not in ("cpu", "cuda"):
-        raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
-    return device

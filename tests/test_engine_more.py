@@ -25,7 +25,7 @@ import utils
 from engine import distributed, record
 from engine.config import Config, numbers
 from engine.errors import Failure, Misuse
-from engine.run import Classifier
+from engine.networks import Classifier
 from engine.schedule import SCHEDULES
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import engine
-from engine import checkpoint, evaluate, guard
+from engine import evaluate, guard
 from engine.errors import Misuse
-from engine.guard import Finite, Reading, overfitted
+from engine.finite import Finite
+from engine.guard import Reading, overfitted
+from engine.kept import state_of
 from experiments import detector
 
 HEALTHY = [(40 + i, 36 + i) for i in range(8)]
@@ -183,7 +185,7 @@ def test_a_rollback_restores_everything_and_goes_on_with_noise(when, tiny, often
 
     def watched(run):
         restore(run)
-        kept = {name: checkpoint.state_of(kept) for name, kept in run._kept.items()}
+        kept = {name: state_of(kept) for name, kept in run._kept.items()}
         seen.append((copy.deepcopy(kept), run.epoch, run.batch, run.step))
 
     first = tiny.train(*COMMAND, "--epochs", 1, "--lr-schedule", "constant", "--co-guard", "off", "--ema", 0.9)

@@ -92,7 +92,9 @@ def test_importing_prints_nothing_and_touches_nothing(module: str) -> None:
 def test_every_requirement_is_used() -> None:
     names = {"scikit-learn": "sklearn", "pytest-xdist": None, "tensorboard": "torch.utils.tensorboard"}
     used = {name for path in ROOT.glob("*/*.py") for name in imported(path)} | {name for path in ROOT.glob("*.py") for name in imported(path)}
-    for line in (ROOT / "requirements.txt").read_text().split():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
         package = line.split(">=")[0]
         module = names.get(package, package)
         assert module is None or any(name == module or name.startswith(module + ".") for name in used), package

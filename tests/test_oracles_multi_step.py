@@ -891,7 +891,7 @@ def some_network():
     """A small ResNet in evaluation mode that knows some of the images; images and labels, of which half are known."""
     with doubles(), torch.random.fork_rng():
         torch.manual_seed(1)
-        network = engine.run.models.build("resnet8", channels=1, width=4)
+        network = engine.networks.models.build("resnet8", channels=1, width=4)
         teach(network)
         digits = data.load("digits", "")
         chosen = torch.arange(KNOWN - 8, KNOWN + 8)

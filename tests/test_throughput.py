@@ -125,7 +125,7 @@ def test_the_engine_takes_its_turns(monkeypatch):
         learnt.append(optimizer is not None)
         update(self, loss, optimizer, **more)
     monkeypatch.setattr(engine.Run, "update", watched)
-    monkeypatch.setattr(engine.Run, "_evaluate", lambda *_: pytest.fail("an evaluation was timed"))
+    monkeypatch.setattr(engine.heldout.HeldOut, "accuracies", lambda *_: pytest.fail("an evaluation was timed"))
     pipe = Pipe(rounds=3)
     with pytest.raises(SystemExit):
         cpu_step.ours(cpu_step.Turns(pipe, batches=2, rounds=3), Path())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint, data, foreign
 from engine.errors import Misuse
+from engine.kept import restore
 from experiments import tables
 from experiments.side_by_side import SEEDS
 from experiments.tables import Row, Scale, Table
@@ -64,7 +65,7 @@ class Trained:
     def at(self, path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
         """The classifier, in eval mode, and the whole state at a snapshot."""
         state, network = checkpoint.load_state(path), self.network("last", device)
-        checkpoint.restore(network, state["kept"]["classifier"], "classifier")
+        restore(network, state["kept"]["classifier"], "classifier")
         return network, state
 
 

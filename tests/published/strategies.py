@@ -482,7 +482,7 @@ def replaced(owner: Any, attributes: dict[str, Any]) -> Iterator[None]:
 def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -> tuple[Differences, dict[str, str]]:
     """Runs our training script against the process at the other end of `pipe`."""
     import engine
-    from engine.run import Classifier
+    from engine.networks import Classifier
     from utils import eval_mode
 
     module = importlib.import_module(METHODS[name].module)
