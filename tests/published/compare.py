@@ -357,6 +357,18 @@ class Differences:
         self.losses: list[dict[str, float]] = []
         self.notes: dict[str, Any] = {}  # what else the report says of the run, how often the cases occurred that it is to show above all
 
+    def compare(self, step: int, found: dict[str, Any], theirs: dict[str, Any], tell: bool = True) -> None:
+        """What both sides remember after update number `step` of the classifier, quantity by quantity."""
+        if found.keys() != theirs.keys():
+            raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
+        for quantity in theirs:
+            self.add(step, quantity, found[quantity], theirs[quantity])
+        loss, published = (float(side["classifier loss"][""]) for side in (found, theirs))
+        self.losses.append({"ours": loss, "published": published})
+        if tell:
+            largest = max(entry["relative"]["value"] for entry in self.largest.values())
+            print(f"step {step:3d}  loss {loss:.6f}  largest relative difference so far {largest:.2e}", flush=True)
+
     def add(self, step: int, quantity: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
         theirs = {name: value for name, value in theirs.items() if not name.startswith("model_preact_hl1.")}  # GA's second names
         if ours.keys() != theirs.keys():
@@ -415,14 +427,7 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
                 self.generator_found = prefixed("generator", snapshot(*self.generator) | value)
                 return
             found = prefixed("classifier", snapshot(self.network, self.optimizer) | value) | self.generator_found
-            theirs = receive(pipe)
-            if found.keys() != theirs.keys():
-                raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
-            for quantity in theirs:
-                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
-            differences.losses.append({"ours": loss.item(), "published": float(theirs["classifier loss"][""])})
-            largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-            print(f"step {self._position.step:3d}  loss {loss.item():.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            differences.compare(self._position.step, found, receive(pipe))
             if self._position.step == steps:
                 raise Enough
 

@@ -541,14 +541,7 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
         def _compare(self) -> None:
             found, theirs = remembered(self.networks, self.optimizer, self.loss), receive(pipe)
             stopped.append(theirs.pop("stopped"))
-            if found.keys() != theirs.keys():
-                raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
-            for quantity in theirs:
-                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
-            differences.losses.append({"ours": self.loss, "published": float(theirs["classifier loss"][""])})
-            if self._position.step % 10 == 0 or self._position.step == steps:
-                largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-                print(f"step {self._position.step:3d}  loss {self.loss:.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            differences.compare(self._position.step, found, theirs, tell=self._position.step % 10 == 0 or self._position.step == steps)
             if self._position.step == steps:
                 raise Enough
 

@@ -472,18 +472,12 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
             return {"perturbation": v["delta"]}
 
         def update(self, loss: torch.Tensor, optimizer: Any = None, **rest: Any) -> None:
-            v = variables("main")
+            v = variables("step")
             super().update(loss, optimizer, **rest)
             found = prefixed("classifier", snapshot(self.network, self.optimizer) | {"loss": {"": np.array(loss.item())}})
             theirs = receive(pipe)
             found |= {quantity: {"": value.detach().contiguous().numpy().copy()} for quantity, value in self.remembered(v, theirs).items()}
-            if found.keys() != theirs.keys():
-                raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
-            for quantity in theirs:
-                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
-            differences.losses.append({"ours": loss.item(), "published": float(theirs["classifier loss"][""])})
-            largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-            print(f"step {self._position.step:3d}  loss {loss.item():.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            differences.compare(self._position.step, found, theirs)
             if self._position.step == steps:
                 raise Enough
 

@@ -498,6 +498,7 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
 
     class Watched(engine.Run):
         def __init__(self, *a: Any) -> None:
+            self.of_step: dict[str, Any] = {}
             super().__init__(*a)
             self.quiet = False
             self.drops = [round(self.total * decay) for decay in self.cfg.DECAYS]
@@ -536,7 +537,21 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
                 if "clean pass" in changes:
                     with torch.no_grad():
                         self.model(x)
-                self._compare(self._everything(sys._getframe(1).f_locals))
+                self._compare(self._everything(sys._getframe(1).f_locals | self.of_step))
+
+        def captured(self, step: Callable[..., None]) -> Any:
+            """And at the step's end its own variables are noted."""
+            def ended(frame: Any, event: str, _: Any) -> None:
+                if event == "return" and frame.f_code is step.__code__:
+                    self.of_step = dict(frame.f_locals)
+
+            def watched(*arguments: Any) -> None:
+                sys.setprofile(ended)
+                try:
+                    step(*arguments)
+                finally:
+                    sys.setprofile(None)
+            return super().captured(watched)
 
         def _hand_over(self, kind: str, numbers: torch.Tensor) -> torch.Tensor:
             if not self.quiet:
@@ -605,14 +620,7 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
             notes[what] = notes.get(what, 0) + 1
 
         def _compare(self, found: dict[str, Any]) -> None:
-            theirs = receive(pipe)
-            if found.keys() != theirs.keys():
-                raise SystemExit(f"only one side has {sorted(found.keys() ^ theirs.keys())}")
-            for quantity in theirs:
-                differences.add(self._position.step, quantity, found[quantity], theirs[quantity])
-            differences.losses.append({"ours": self.losses["classifier"], "published": float(theirs["classifier loss"][""])})
-            largest = max(entry["relative"]["value"] for entry in differences.largest.values())
-            print(f"step {self._position.step:3d}  loss {self.losses['classifier']:.6f}  largest relative difference so far {largest:.2e}", flush=True)
+            differences.compare(self._position.step, found, receive(pipe))
             if self._position.step == steps:
                 raise Enough
 
