@@ -108,7 +108,8 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
     body = [[line.row.name + ("" if line.row.command else " (not offered)") + (f" {MARK}" if line.unreliable else ""), line.checkpoint,
              *(cell(line.cells[column], comparable, tolerance) for column in table.columns), _minutes(line.minutes)] for line in found]
     title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
-    left_out = [f"{missing} of {len(table.rows)} rows have not been measured."] if (missing := len({row.name for row in table.rows} - {line.row.name for line in found})) else []
+    missing = {row.name for row in table.rows} - {line.row.name for line in found}
+    left_out = [f"{len(missing)} of {len(table.rows)} rows have not been measured."] if missing else []
     notes = [_legend(comparable, tolerance), *_provenance(found), *left_out, *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
     if form == "markdown":
         rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *body]
