@@ -34,6 +34,7 @@ def picture(n: int, channels: int = 3) -> dict[str, Any]:
 
 
 METHODS = ("FGSM-SDI", "FGSM-RS", "a new method")
+MODE = {"clean": 40.0, "fgsm": 30.0, "perturbation": 10.0, "image": 60.0, "cosine": 0.9, "agreement": 0.1}
 CONTENTS: dict[str, dict[str, Any]] = {
     "curves": {"n": {"train": [200], "held-out": [200, 300]}, "panels": {f"{part} {column}": lines(*METHODS, seeds=2) for part in ("train", "held-out") for column in ("clean", "pgd10")}},
     "attack-success": {"lines": lines(*METHODS)},
@@ -43,6 +44,8 @@ CONTENTS: dict[str, dict[str, Any]] = {
     "initialisations": {"n": 9, "epsilon": 8, "images": picture(1), "epochs": [{"epoch": 1, "eta": picture(1), "delta": picture(1), "eta_size": 0.25, "agreement": 0.5}]},
     "radius": {"n": 9, "epsilon": 8, "lines": lines(*METHODS)},
     "alignment": {"n": 9, "lines": lines(*METHODS)},
+    "transplants": {"n": 9, "epsilon": 16, "methods": {label: [{"seed": seed, "training": dict(MODE, cosine=0.2 * i), "evaluation": MODE} for seed in (0, 1)]
+                                                       for i, label in enumerate(METHODS)}},
     "strategies": {"n": 9, "options": {"radii": [3, 4], "steps": [1, 2], "step_sizes": [1, 2]},
                    "epochs": [{"epoch": e, "picked": dict.fromkeys(("radii", "steps", "step_sizes"), [0.5, 0.5])} for e in (1, 2)]},
     "pareto": {"n": 200, "device": "CPU", "column": "aa", "points": {label: [{"seed": 0, "minutes": 2 + i, "value": 40 + i, "interval": [35, 45]}] for i, label in enumerate(METHODS)}},
@@ -169,6 +172,69 @@ def known(label: str) -> Trained:
 def test_alignment_is_one_where_the_gradient_never_turns() -> None:
     found = measure.alignment([known("straight"), known("bent")], SETTING)["lines"]
     assert found["straight"][0]["y"][0] == pytest.approx(1, abs=1e-3) and abs(found["bent"][0]["y"][0]) < 0.6
+
+
+BLOCK = torch.zeros(10, 64)  # the pixels in which a class's label is written
+for k in range(10):
+    BLOCK[k, 6 * k:6 * k + 6] = 1 / 6
+
+
+class Grey:
+    """Grey images, a little brighter in the pixels of their class."""
+
+    def images(self, runs: list[Trained]) -> tuple[Tensor, Tensor]:
+        y = torch.arange(45) * 7 % 10
+        return (128 + 10 * (BLOCK[y] > 0)).to(torch.uint8).view(-1, 8, 8, 1), y
+
+    device, checkpoint = torch.device("cpu"), "last"
+
+
+class Reader(nn.Module):
+    """Knows a class by its pixels' brightness and, `bonus`, by a darkness in them to which only a perturbation leads."""
+
+    def __init__(self, bonus: float) -> None:
+        super().__init__()
+        self.bonus, self.scale = bonus, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        brightness = x.flatten(1) @ BLOCK.T
+        return self.scale * brightness + self.bonus * (0.36 - brightness).relu()
+
+
+def test_transplants_tell_reading_a_perturbation_from_looking_at_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(nets, "reads", Reader(1e3))
+    monkeypatch.setitem(nets, "looks", Reader(0.0))
+    runs = [known("reads"), known("looks")]
+    for run in runs:
+        run.run["config"]["batch_size"] = 20
+    found = measure.transplants(runs, Grey())
+    assert (found["n"], found["epsilon"]) == (40, 51.0)
+    for label, shares in {"reads": {"clean": 100, "fgsm": 100, "perturbation": 100, "image": 0}, "looks": {"clean": 100, "fgsm": 0, "perturbation": 0, "image": 100}}.items():
+        for mode in ("training", "evaluation"):
+            modes = found["methods"][label][0][mode]
+            assert {key: modes[key] for key in shares} == shares and modes["cosine"] > 0.9
+            assert modes["agreement"] == pytest.approx(60 / 64)  # four pixels belong to no class, and have no gradient
+
+
+def test_transplants_are_those_of_a_plain_loop(trained: dict[str, Trained]) -> None:
+    run = trained["fgsm_rs"]
+    found = measure.transplants([run], SETTING)
+    x, y = SETTING.images([run])
+    images, y, n = data.to_images(x)[:32], y[:32], 32
+    assert found["n"] == n and run.run["config"]["batch_size"] == n
+    for mode in ("training", "evaluation"):
+        network = run.network("last", SETTING.device).train(mode == "training")
+        points = images.clone().requires_grad_()
+        sign = torch.autograd.grad(F.cross_entropy(network(points), y), points)[0].sign()
+        moved = torch.stack([(images[i - 1] + run.eps * sign[i]).clamp(0, 1) for i in range(n)])
+        answers, own = network(moved).argmax(1).tolist(), network((images + run.eps * sign).clamp(0, 1)).argmax(1)
+        pairs = [(answers[i], int(y[i]), int(y[i - 1])) for i in range(n) if y[i] != y[i - 1]]
+        products = [(sign[i] * sign[j]).mean().item() for i in range(n) for j in range(n) if i != j and y[i] == y[j]]
+        modes = found["methods"]["FGSM-RS"][0][mode]
+        assert modes["perturbation"] == pytest.approx(100 * sum(a == b for a, b, _ in pairs) / len(pairs))
+        assert modes["image"] == pytest.approx(100 * sum(a == c for a, _, c in pairs) / len(pairs))
+        assert modes["fgsm"] == pytest.approx(100 * (own == y).double().mean().item())
+        assert modes["agreement"] == pytest.approx(sum(products) / len(products), abs=1e-6)
 
 
 def test_landscape_has_the_adversarial_direction_across_and_the_random_one_down() -> None:

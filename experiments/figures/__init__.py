@@ -38,6 +38,7 @@ FIGURES = {
     "initialisations": Figure("FGSM-SDI's initial and final perturbations over the epochs", rows=("FGSM-SDI",)),
     "radius": Figure("robust accuracy against the radius"),
     "alignment": Figure("how much the input gradient turns inside the ball, over the epochs"),
+    "transplants": Figure("whose label a network answers with where one image's perturbation lies on another"),
     "strategies": Figure("what LAS-AT's strategy network picks, over the epochs", table="LAS-6", rows=("LAS-AT L1+L2+L3",)),
     "pareto": Figure("robust accuracy against training time", siblings=True),
 }

@@ -135,6 +135,29 @@ def alignment(content: dict[str, Any]) -> Figure:
     return figure
 
 
+def transplants(content: dict[str, Any]) -> Figure:
+    methods = dict(reversed(content["methods"].items()))  # the first one above
+
+    def means(mode: str, key: str) -> list[float]:
+        return [statistics.mean(seed[mode][key] for seed in seeds) for seeds in methods.values()]
+
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE, 0.9 + 0.2 * len(methods)), sharey=True)
+    for axis, mode in zip(axes, ("training", "evaluation")):
+        axis.barh(list(methods), means(mode, "perturbation"), height=0.6, color="#D55E00", label="the perturbation's label")
+        axis.barh(list(methods), means(mode, "image"), left=means(mode, "perturbation"), height=0.6, color="#0072B2", hatch="////", edgecolor="white",
+                  linewidth=0, label="the image's label")
+        axis.set(xlabel=f"answers (%), {mode} mode", xlim=(0, 100))
+    axes[2].plot(means("training", "cosine"), list(methods), "ko", label="cosine of gradients at $x$ and $x + U$")
+    axes[2].plot(means("training", "agreement"), list(methods), "X", color="#E69F00", label="agreement within a class")
+    axes[2].axvline(0, color="#888888", linewidth=0.8)
+    axes[2].set(xlabel="gradients, training mode", xlim=(min(-0.05, axes[2].get_xlim()[0]), 1.05))
+    for axis in axes:
+        axis.grid(visible=False, axis="y")
+    handles = [part for axis in axes[1:] for part in zip(*axis.get_legend_handles_labels())]
+    figure.legend(*zip(*handles), loc="outside upper center", ncols=4, columnspacing=1.2, handlelength=1.6)
+    return figure
+
+
 def grad_cam(content: dict[str, Any]) -> Figure:
     images = unpacked(content["images"])
     rows: list[tuple[str, np.ndarray, np.ndarray | None, list[bool]]] = [("clean image", images, None, [False] * len(images))]

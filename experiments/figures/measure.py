@@ -225,6 +225,49 @@ def alignment(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     return {"n": len(x), "lines": _lines(runs, line)}
 
 
+def transplants(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
+    """Whose label a network answers with where one image's FGSM perturbation lies on another image of another class.
+
+    Every image of a batch carries the one of the image after it. In training mode, which is how a training attack meets the network
+    (batches are of the training's size; the last one, if shorter, is left out), and in evaluation mode.
+    """
+    size = one("batch size", [run.run["config"]["batch_size"] for run in runs])
+    x, y = setting.images(runs)
+    whole = len(x) // size * size or len(x)
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        network = run.network(setting.checkpoint, setting.device)
+        modes = {mode: _transplanted(network.train(mode == "training"), x[:whole], y[:whole], run.eps, size) for mode in ("training", "evaluation")}
+        methods.setdefault(run.label, []).append({"seed": run.run["seed"], **modes})
+    return {"n": whole, "epsilon": one("radius", [run.run["config"]["epsilon"] for run in runs]), "methods": methods}
+
+
+def _transplanted(network: nn.Module, x: Tensor, y: Tensor, eps: float, size: int) -> dict[str, float]:
+    """In percent: clean and FGSM accuracy; of the pairs of two classes, answers with the perturbation's label and with that of the image under it.
+
+    cosine: alignment of the gradients at x and x + U(-eps, eps), mean. agreement: mean product of the signs of two gradients, over
+    pixels and all pairs of images of one class.
+    """
+    generator = evaluation_generator(0, NOISE)
+
+    def look(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        gradient = attacks.input_gradient(network, images, labels)
+        aligned = cosine(gradient, attacks.input_gradient(network, images + _noise(images, eps, generator), labels))
+        delta, under = eps * gradient.sign(), images.roll(1, 0)
+        seen = (images, images + inside_image(delta, images), under + inside_image(delta, under))
+        return labels.roll(1), aligned, gradient.sign().flatten(1), *(attacks.predict(network, each) for each in seen)
+
+    with untracked(network):
+        below, aligned, signs, clean, own, moved = _in_batches(network, x, y, look, size)
+    two, same = y != below, (y[:, None] == y).fill_diagonal_(False)
+
+    def percent(right: Tensor) -> float:
+        return 100 * right.double().mean().item()
+
+    return {"clean": percent(clean == y), "fgsm": percent(own == y), "perturbation": percent((moved == y)[two]), "image": percent((moved == below)[two]),
+            "cosine": aligned.nanmean().item(), "agreement": (signs @ signs.T / signs.shape[1])[same].mean().item()}
+
+
 def strategies(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """Probability of each radius, number of steps and step size, mean over the first training images, at each snapshot."""
     run = _first_seeds(runs)[0]
