@@ -6,6 +6,7 @@ wrong, and what a rollback changes: docs/guard.md.
 """
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MEMORY, RISE, FALL = 10, 2.0, 0.85  # chosen on half of the methods of the FastAT Benchmark's curves: experiments/detector.py
 PATIENCE = 5  # readings; chosen on runs of this repository
+ANSWERED, LEFT = 10.0, 0.05  # points, and a part of the training accuracy: chosen on both
 LOOK = 20  # batches between two looks at the training loss, each of which makes a GPU wait once
 LOSS_FALL, LOSS_MEMORY = 0.7, 0.1  # a loss below this part of what it was of late is suspicious; how fast "of late" follows
 TEST_IMAGES, TEST_EVERY = 256, 180_000  # images; the second: trained between two tests that nothing suspicious asked for
@@ -31,24 +33,31 @@ GOOD = "good.pth"
 
 
 class Reading(NamedTuple):
-    """Accuracies in percent on n images; random starts and step sizes are the evaluation's."""
+    """Accuracies in percent on n held-out images; random starts and step sizes are the evaluation's.
+
+    train: on the training images as the script perturbs them, since the epoch began. nan where something was not measured.
+    """
 
     fgsm: float
     pgd10: float
     n: int
+    clean: float = math.nan
+    train: float = math.nan
 
 
 def overfitted(readings: Sequence[Reading]) -> list[bool]:
     """For each reading of a run whether it shows catastrophic overfitting, judged from itself and the ones before it.
 
-    Two signs. Robustness is lost: against the medians of the last `MEMORY` readings that showed nothing, FGSM minus PGD-10 has
+    Three signs. Robustness is lost: against the medians of the last `MEMORY` readings that showed nothing, FGSM minus PGD-10 has
     grown by more than `RISE` points and PGD-10 has fallen below `FALL` of what it was, both by more than the error of n images.
     Or it does not come: FGSM is more than 5 points and twice that error above twice PGD-10, whose best in the last `PATIENCE`
-    readings is no better than what was before them. Accuracy on clean images tells nothing: it may fall, stay or rise.
+    readings is no better than what was before them. Or only the training attack is answered: in this reading and the one before, training images
+    under it are right more often than clean held-out ones, by more than `ANSWERED` points and that error, and PGD-10 leaves less than
+    `LEFT` of that. Accuracy on clean images alone tells nothing: it may fall, stay or rise.
     """
     healthy: list[Reading] = []
-    found = []
-    for number, (fgsm, pgd10, n) in enumerate(readings, 1):
+    found, answered = [], False
+    for number, (fgsm, pgd10, n, clean, train) in enumerate(readings, 1):
         error = 100 / n ** 0.5  # three standard errors of a gap of 10 points
         accuracies = [reading.pgd10 for reading in readings[:number]]
         stale = number > PATIENCE and max(accuracies[-PATIENCE:]) <= max(accuracies[:-PATIENCE])
@@ -57,6 +66,8 @@ def overfitted(readings: Sequence[Reading]) -> list[bool]:
             rise = fgsm - pgd10 - statistics.median(reading.fgsm - reading.pgd10 for reading in recent)
             usual = statistics.median(reading.pgd10 for reading in recent)
             collapsed |= rise > RISE + error and pgd10 < min(FALL * usual, usual - error)
+        before, answered = answered, train - clean > ANSWERED + error and pgd10 < LEFT * train
+        collapsed |= before and answered
         if not collapsed:
             healthy.append(readings[number - 1])
         found.append(collapsed)
@@ -164,13 +175,15 @@ class Guard:
     # ---- what goes on inside ------------------------------------------------------------------------------------
 
     def _reading(self, run: Run, row: dict[str, Any]) -> Reading:
-        return Reading(row[f"{run.cfg.select_on}_fgsm"], row[f"{run.cfg.select_on}_pgd10"], run._held_out.sizes[run.cfg.select_on])
+        split = run.cfg.select_on
+        return Reading(row[f"{split}_fgsm"], row[f"{split}_pgd10"], run._held_out.sizes[split], row.get(f"{split}_clean", math.nan), row["train_accuracy"])
 
     def _test(self, run: Run) -> Reading:
         """The network as it is now on the first of the held-out images; every process has its share of them."""
         with run._evaluating():
-            fgsm, pgd10, n = run._held_out.standing(run.network, run.cfg.select_on, Reading._fields[:2], TEST_IMAGES)
-        return Reading(100 * fgsm / n, 100 * pgd10 / n, int(n))
+            *counts, n = run._held_out.standing(run.network, run.cfg.select_on, ("fgsm", "pgd10", "clean"), TEST_IMAGES)
+        fgsm, pgd10, clean = (100 * count / n for count in counts)
+        return Reading(fgsm, pgd10, int(n), clean, 100 * (run._sums["correct"] / run._sums["seen"]).item())
 
     def _judge(self, run: Run, reading: Reading) -> bool:
         """Acts on a reading; returns whether the run was put back."""
@@ -180,8 +193,8 @@ class Guard:
             return False
         action = "stop" if self.mode == "rollback" and self.rollbacks == ROLLBACKS else self.mode
         self.alarms.append({"epoch": run.epoch + 1, "update": run.step, **reading._asdict(), "action": action})
-        sentence = (f"catastrophic overfitting at epoch {run.epoch + 1}, update {run.step}: FGSM leaves {reading.fgsm:.1f} % "
-                    f"of {reading.n} held-out images right, PGD-10 only {reading.pgd10:.1f} %")
+        sentence = (f"catastrophic overfitting at epoch {run.epoch + 1}, update {run.step}: FGSM leaves {reading.fgsm:.1f} % of {reading.n} held-out images "
+                    f"right, PGD-10 {reading.pgd10:.1f} %, and the training attack {reading.train:.1f} % of its own")
         if action == "rollback":
             self._roll_back(run, sentence)
             return True

@@ -1,10 +1,10 @@
 """How the detector of catastrophic overfitting does on published training curves: `python -m experiments.detector --curves FILE`.
 
-FILE is JSON, a list of runs with `dataset`, `method`, `seed` and, an entry per epoch, `model_fgsm_acc_list` and
-`model_pgd_acc_list` as fractions: the logs of the FastAT Benchmark repository, put together. It is not part of this
-repository. A run's label is the first epoch whose PGD-10 accuracy is below half of its best so far (which exceeds 15 %)
-and at least 10 points below FGSM's. The methods are split for good: in alphabetical order the first, third, fifth ... are
-those on which the detector's bounds were chosen, the others are held out. results/detector/curves.json is what comes out.
+FILE is JSON, a list of runs with `dataset`, `method`, `seed` and, an entry per epoch, `model_fgsm_acc_list`, `model_pgd_acc_list`,
+`model_val_acc_list` (clean) and `train_acc_list` as fractions: the logs of the FastAT Benchmark repository, put together. It is
+not part of this repository. A run's label is the first epoch whose PGD-10 accuracy is below half of its best so far (which
+exceeds 15 %) and at least 10 points below FGSM's. The methods are split for good: in alphabetical order the first, third, fifth
+... are those on which the first sign's bounds were chosen, the others are held out. results/detector/curves.json is what comes out.
 """
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from engine.errors import Failure, Misuse, one_sentence
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "detector" / "curves.json"
 IMAGES = {"cifar10": 1000, "cifar100": 1000, "tiny-imagenet": 2000}  # held out there: the smallest number of which all accuracies are multiples
-KEYS = ("dataset", "method", "seed", "model_fgsm_acc_list", "model_pgd_acc_list")
+LISTS = ("model_fgsm_acc_list", "model_pgd_acc_list", "model_val_acc_list", "train_acc_list")
+KEYS = ("dataset", "method", "seed", *LISTS)
 
 
 def labelled(readings: list[guard.Reading]) -> int | None:
@@ -36,8 +37,8 @@ def labelled(readings: list[guard.Reading]) -> int | None:
 
 def judged(run: dict[str, Any]) -> dict[str, Any]:
     """One run's label and alarms, in epochs from 1."""
-    readings = [guard.Reading(100 * fgsm, 100 * pgd10, IMAGES[run["dataset"]])
-                for fgsm, pgd10 in zip(run["model_fgsm_acc_list"], run["model_pgd_acc_list"])]
+    readings = [guard.Reading(100 * fgsm, 100 * pgd10, IMAGES[run["dataset"]], 100 * clean, 100 * train)
+                for fgsm, pgd10, clean, train in zip(*(run[name] for name in LISTS))]
     alarms = [epoch for epoch, alarm in enumerate(guard.overfitted(readings), 1) if alarm]
     label, best = labelled(readings), max(reading.pgd10 for reading in readings)
     return {"dataset": run["dataset"], "method": run["method"], "seed": run["seed"], "epochs": len(readings), "labelled": label,
@@ -81,7 +82,7 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
     results = [judged(run) for run in runs]
     methods = sorted({run["method"] for run in results})
     parts = {"calibration": set(methods[::2]), "held out": set(methods[1::2])}
-    return {"bounds": {name: getattr(guard, name.upper()) for name in ("memory", "rise", "fall", "patience")},
+    return {"bounds": {name: getattr(guard, name.upper()) for name in ("memory", "rise", "fall", "patience", "answered", "left")},
             "parts": {name: summary([run for run in results if run["method"] in part]) for name, part in parts.items()}, "runs": results}
 
 

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,12 +70,41 @@ def test_robustness_that_never_comes():
     assert stuck[-1] and not any(stuck[:-1])
 
 
+LOST = {"clean": 12, "train": 42}
+
+
+@pytest.mark.parametrize(("changes", "seen"), [
+    ({}, True), ({"clean": 28}, False), ({"pgd10": 2.5}, False), ({"n": 25}, False), ({"train": float("nan")}, False), ({"clean": float("nan")}, False),
+])
+def test_only_the_training_attack_is_answered(changes, seen):
+    """FGSM itself finds no more than PGD-10 does: a network may read the label off the training attack's perturbation alone."""
+    learning = [Reading(4, 3, 500, 15, 12), Reading(6, 3, 500, 21, 31 - 15)]
+    lost = Reading(**{"fgsm": 1, "pgd10": 0, "n": 500, **LOST, **changes})
+    assert overfitted([*learning, lost, lost, lost]) == [False] * 3 + [seen] * 2, "once may be BatchNorm's averages, which lag behind at first"
+    assert not any(overfitted([*learning, lost, *learning, lost, *learning]))
+
+
+def test_training_images_learnt_by_heart_are_no_collapse():
+    assert not any(overfitted([Reading(40, 36, 1000, 55, 60 + i) for i in range(40)]))
+
+
+LOGS = [path for demo in ("demo-cifar", "demo-cifar-all") for path in sorted((Path(guard.__file__).parents[1] / "results" / demo).glob("*.json"))]
+
+
+@pytest.mark.parametrize("path", [path for path in LOGS if not path.name.startswith("standard")], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_of_the_measured_runs_those_that_end_at_nothing_are_seen(path):
+    run = json.loads(path.read_text())
+    n = run["run"]["checkpoints"]["last"]["pgd10"]["n"]
+    seen = overfitted([Reading(row["val_fgsm"], row["val_pgd10"], n, row["val_clean"], row["train_accuracy"]) for row in run["log"]])
+    assert any(seen) == (run["log"][-1]["val_pgd10"] < 1)
+
+
 def test_the_detector_never_looks_ahead():
     numbers = random.Random(0)
-    walk = [(50 + numbers.gauss(0, 12), 30 + numbers.gauss(0, 12)) for _ in range(60)]
-    whole = overfitted(readings(walk))
-    assert 5 < sum(whole) < 55
-    assert all(overfitted(readings(walk[:k])) == whole[:k] for k in range(60))
+    walk = [Reading(50 + numbers.gauss(0, 12), 30 + numbers.gauss(0, 12), 1000, 30 + numbers.gauss(0, 20), 600 + numbers.gauss(0, 300)) for _ in range(60)]
+    whole = overfitted(walk)
+    assert 5 < sum(whole) < 55 and whole != overfitted([reading._replace(train=0.0) for reading in walk])
+    assert all(overfitted(walk[:k]) == whole[:k] for k in range(60))
 
 
 # ---- in a run ----------------------------------------------------------------------------------------------------
@@ -133,7 +163,7 @@ def test_weights_do_not_depend_on_the_guard(tiny, often, differences, monkeypatc
 
     monkeypatch.setattr(evaluate, "verdicts", careless)
     spoilt = state(tiny.train(*COMMAND, "--co-guard", "warn"))
-    assert tests.count(("fgsm", "pgd10")) == 3 * 2  # an epoch's last batch is left to its evaluation
+    assert tests.count(("fgsm", "pgd10", "clean")) == 3 * 2  # an epoch's last batch is left to its evaluation
     assert differences(off["kept"], spoilt["kept"])
 
 
@@ -158,7 +188,8 @@ def test_warn_says_it_once_and_writes_it_down(tiny):
     assert (alarm["epoch"], alarm["update"], alarm["n"], alarm["action"]) == (2, 6, 40, "warn")
     log = rows(tiny.directory / "run")
     assert [row["overfitted"] for row in log] == [False, True, True] and log[1]["alarms"] == [alarm] and "alarms" not in log[2]
-    assert log[1]["val_fgsm"] == alarm["fgsm"] and log[1]["val_pgd10"] == alarm["pgd10"]
+    for column, key in {"fgsm": "val_fgsm", "pgd10": "val_pgd10", "clean": "val_clean", "train": "train_accuracy"}.items():
+        assert log[1][key] == alarm[column]
 
 
 @pytest.mark.parametrize("when", ["after an epoch", "inside one"])
@@ -170,11 +201,13 @@ def test_stop_saves_and_ends_with_one_sentence(when, tiny, often):
         ended = tiny.command(COMMAND[0], *flags, "stop")
     step = 5 if inside else 6
     assert ended.status == 1 and ended.err.count("\n") == 1
-    assert all(part in ended.err for part in (f"epoch 2, update {step}", "PGD-10 only", str(out_dir), "--co-guard rollback", "--co-guard warn"))
+    assert all(part in ended.err for part in (f"epoch 2, update {step}", "right, PGD-10 ", "of its own; the run is saved", str(out_dir), "--co-guard rollback", "--co-guard warn"))
     assert state(out_dir)["position"]["step"] == step and not (out_dir / "result.json").exists()
     assert len(rows(out_dir)) == (1 if inside else 2)
     assert tiny.command(COMMAND[0], *flags, "warn").status == 0, "who wants to can go on"
-    assert result(out_dir)["alarms"][0]["action"] == "stop"
+    alarm = result(out_dir)["alarms"][0]
+    assert alarm["action"] == "stop" and 0 <= alarm["clean"] <= 100 and 0 <= alarm["train"] <= 100
+    assert (alarm["train"] * (64 if inside else 96) / 100) % 1 == pytest.approx(0, abs=1e-9), "of the epoch's images so far"
 
 
 @pytest.mark.parametrize("when", ["after an epoch", "inside one"])
@@ -469,7 +502,8 @@ def test_two_processes_decide_alike(tiny):
 
 def curve(method: str, pairs, dataset="cifar10", seed=0) -> dict:
     return {"dataset": dataset, "method": method, "seed": seed,
-            "model_fgsm_acc_list": [fgsm / 100 for fgsm, _ in pairs], "model_pgd_acc_list": [pgd10 / 100 for _, pgd10 in pairs]}
+            "model_fgsm_acc_list": [fgsm / 100 for fgsm, _ in pairs], "model_pgd_acc_list": [pgd10 / 100 for _, pgd10 in pairs],
+            "model_val_acc_list": [0.6 for _ in pairs], "train_acc_list": [0.6 for _ in pairs]}
 
 
 def test_the_report_counts_as_it_says(tmp_path, capsys):
