@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from engine import card
 from engine.errors import Failure
-from experiments import render, show
+from experiments import figures, render, show
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,6 +51,15 @@ def test_there_are_commands_for_every_script() -> None:
     for path in ROOT.glob("train_*.py"):
         assert path.name in text
     assert "test_FGSM_SDI.py" in text and "make demo" in text and "make test" in text
+
+
+def test_counts_in_the_prose() -> None:
+    zoo = (ROOT / "docs" / "claim-card.md").read_text().split("| broken network |")[1].split("\n\n")[0].splitlines()[2:]
+    counts = {"scripts in pytorch": len(list(ROOT.glob("train_*.py"))), "broken networks": len(zoo), "of them": len(figures.FIGURES)}
+    words = {10: "ten", 11: "eleven", 24: "twenty-four", 25: "twenty-five", 26: "twenty-six"}
+    for what, count in counts.items():
+        assert f"{words[count]} {what}" in README.lower()
+    assert f"{len(card.CHECKS)} checks" in README
 
 
 def test_flags_in_the_table_exist() -> None:
