@@ -58,6 +58,13 @@ def _noise(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     return eps * (2 * torch.rand(x.shape, generator=generator) - 1).to(x.device)
 
 
+def _aligned(network: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The loss gradient at x, and (B,) its cosine with the one at x + U(-eps, eps), which may leave [0, 1]: GradAlign's measure."""
+    noisy = x + _noise(x, eps, generator)
+    gradient = attacks.input_gradient(network, x, y)
+    return gradient, cosine(gradient, attacks.input_gradient(network, noisy, y))
+
+
 def curves(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """From the logs: clean and PGD-10 accuracy in percent after each epoch; the training images' only where --measure-train had them measured."""
     def logged(part: str, column: str) -> Lines:
@@ -214,12 +221,8 @@ def alignment(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
         for path in run.snapshots().values():
             network, _ = run.at(path, setting.device)
             generator = evaluation_generator(0, NOISE)
-
-            def aligned(images: Tensor, labels: Tensor) -> tuple[Tensor]:
-                noisy = images + _noise(images, run.eps, generator)
-                return cosine(attacks.input_gradient(network, images, labels), attacks.input_gradient(network, noisy, labels)),
-
-            means.append(_in_batches(network, x, y, aligned)[0].nanmean().item())
+            cosines, = _in_batches(network, x, y, lambda images, labels: _aligned(network, images, labels, run.eps, generator)[1:])
+            means.append(cosines.nanmean().item())
         return list(run.snapshots()), means
 
     return {"n": len(x), "lines": _lines(runs, line)}
@@ -232,6 +235,7 @@ def transplants(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     (batches are of the training's size; the last one, if shorter, is left out), and in evaluation mode.
     """
     size = one("batch size", [run.run["config"]["batch_size"] for run in runs])
+    epsilon = one("radius", [run.run["config"]["epsilon"] for run in runs])
     x, y = setting.images(runs)
     whole = len(x) // size * size or len(x)
     methods: dict[str, list[dict[str, Any]]] = {}
@@ -239,7 +243,7 @@ def transplants(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
         network = run.network(setting.checkpoint, setting.device)
         modes = {mode: _transplanted(network.train(mode == "training"), x[:whole], y[:whole], run.eps, size) for mode in ("training", "evaluation")}
         methods.setdefault(run.label, []).append({"seed": run.run["seed"], **modes})
-    return {"n": whole, "epsilon": one("radius", [run.run["config"]["epsilon"] for run in runs]), "methods": methods}
+    return {"n": whole, "epsilon": epsilon, "methods": methods}
 
 
 def _transplanted(network: nn.Module, x: Tensor, y: Tensor, eps: float, size: int) -> dict[str, float]:
@@ -251,8 +255,7 @@ def _transplanted(network: nn.Module, x: Tensor, y: Tensor, eps: float, size: in
     generator = evaluation_generator(0, NOISE)
 
     def look(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        gradient = attacks.input_gradient(network, images, labels)
-        aligned = cosine(gradient, attacks.input_gradient(network, images + _noise(images, eps, generator), labels))
+        gradient, aligned = _aligned(network, images, labels, eps, generator)
         delta, under = eps * gradient.sign(), images.roll(1, 0)
         seen = (images, images + inside_image(delta, images), under + inside_image(delta, under))
         return labels.roll(1), aligned, gradient.sign().flatten(1), *(attacks.predict(network, each) for each in seen)
