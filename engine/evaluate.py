@@ -25,13 +25,15 @@ AUTOATTACK_COLUMNS = ("apgd", "aa")
 @contextmanager
 def trustworthy():
     """fp32 means fp32, and nothing that happens here moves anybody else's random numbers."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    allowing = [library for library in (torch.backends.cuda.matmul, torch.backends.cudnn) if library.allow_tf32]
+    for library in allowing:  # the others are not touched: torch.compile takes "set to False" for another state than "never set"
+        library.allow_tf32 = False
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the default, without its warning where there are several
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for library in allowing:
+            library.allow_tf32 = True
 
 
 def verdicts(

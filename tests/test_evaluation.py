@@ -121,6 +121,32 @@ def test_evaluation_moves_no_random_numbers(model, tmp_path):
     assert random_states() == before
 
 
+def test_what_was_compiled_before_an_evaluation_serves_after_it(model):
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        torch.backends.cuda.matmul.fp32_precision = "none"  # as a process begins
+    graphs = []
+    plus_one = torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)
+    for _ in range(2):
+        plus_one(torch.zeros(3))
+        measured(model, n=20)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_off_in_an_evaluation_and_then_as_it_was(allowed):
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [library.allow_tf32 for library in libraries]
+    try:
+        for library in libraries:
+            library.allow_tf32 = allowed
+        with evaluate.trustworthy():
+            assert not any(library.allow_tf32 for library in libraries)
+        assert all(library.allow_tf32 == allowed for library in libraries)
+    finally:
+        for library, value in zip(libraries, before):
+            library.allow_tf32 = value
+
+
 @pytest.mark.parametrize("text, expected", [
     ("clean", ("clean",)), ("aa,clean", ("clean", "aa")), ("pgd50, pgd10,fgsm", ("fgsm", "pgd10", "pgd50")),
     ("cw,pgd7,pgd100", ("pgd7", "pgd100", "cw")), (",".join(evaluate.COLUMNS), evaluate.COLUMNS),
