@@ -4,15 +4,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.errors import Failure
-
-if TYPE_CHECKING:
-    from engine.run import Run
 
 IN_A_ROW = 10  # updates that are not finite, one after the other, before --on-nonfinite skip gives up
 
@@ -24,10 +21,13 @@ class Finite:
         skips: whether an update that is not finite is left out and counted: up to 1 % of an epoch's classifier updates
             (at least one), and fewer than `IN_A_ROW` one after the other; the next one, or else the first, is fatal.
         updates: of the classifier in an epoch.
+        deferred: whether an update is not to wait for what it finds, because reading a number would make the device wait.
+        state: the file with the last save, for the message.
     """
 
-    def __init__(self, skips: bool, updates: int, device: torch.device) -> None:
-        self.skips, self.allowed = skips, math.ceil(updates / 100)
+    def __init__(self, skips: bool, updates: int, device: torch.device, *, deferred: bool, state: Path) -> None:
+        self.skips, self.updates, self.allowed = skips, updates, math.ceil(updates / 100)
+        self.deferred, self.saved = deferred, state
         self.fatal = torch.full((), -1, dtype=torch.int64, device=device)  # the number of the update that ends the run
         self.skipped, self.row = torch.zeros_like(self.fatal), torch.zeros_like(self.fatal)  # in this epoch; one after the other
         self._buffers: list[Tensor] = []
@@ -39,21 +39,23 @@ class Finite:
         self._copy = self._flat()
 
     @contextmanager
-    def admitting(self, run: Run, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        """Around `optimizer.step()`: a loss or a gradient that is not finite does not reach the parameters.
+    def admitting(
+        self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer, *, step: int | Tensor,
+    ) -> Iterator[Tensor]:
+        """Around `optimizer.step()` of update number `step`: a loss or a gradient that is not finite does not reach the parameters.
 
         Yields:
             Whether the update is made, () bool.
 
         Raises:
-            Failure: at once, where reading makes nobody wait: the run is to end.
+            Failure: the run is to end; unless that is deferred.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients, foreach=True))
-        made = self.admit(finite, run._rates.at if run._captures else run._position.step)
-        if not run._deferred:
-            self.read(run)
-        if not run._deferred and made:
+        made = self.admit(finite, step)
+        if not self.deferred:
+            self.read()
+        if not self.deferred and made:
             yield made
         elif optimizer.defaults.get("fused"):
             new = [parameter for parameter in parameters if parameter not in optimizer.state]
@@ -91,7 +93,7 @@ class Finite:
             parts = self._copy.split([buffer.numel() for buffer in self._buffers])
             torch._foreach_copy_(self._buffers, [part.view_as(buffer) for part, buffer in zip(parts, self._buffers)])
 
-    def read(self, run: Run) -> None:
+    def read(self) -> None:
         """Makes the device wait.
 
         Raises:
@@ -99,8 +101,8 @@ class Finite:
         """
         if (step := int(self.fatal)) >= 0:
             reason = f"; {int(self.skipped)} updates of this epoch were not finite, {int(self.row)} one after the other" if self.skips else ""
-            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {run._position.epoch + 1}){reason}; the weights were left "
-                          f"as they were, and {run.out_dir}/state.pth holds the last save: try a smaller --lr or --precision fp32")
+            raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {step // self.updates + 1}){reason}; the weights were left "
+                          f"as they were, and {self.saved} holds the last save: try a smaller --lr or --precision fp32")
 
     def state(self) -> list[int]:
         return [int(self.skipped), int(self.row)]

@@ -141,7 +141,7 @@ class Guard:
         Raises:
             Failure: the run is to stop.
         """
-        run._finite.read(run)
+        run._finite.read()
         before, self.sums = self.sums, [run._sums["loss"].item(), run._sums["seen"].item()]
         loss = (self.sums[0] - before[0]) / max(self.sums[1] - before[1], 1.0)
         fell = bool(distributed.most(int(self.level is not None and loss < LOSS_FALL * self.level), run.device))

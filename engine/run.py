@@ -44,6 +44,7 @@ class Run:
     """One training run of one method. A script uses `model`, `batches`, `update`, `keep`, and `uniform`/`normal`.
 
     `batch` (in the epoch), `step` (updates of the classifier so far), `epoch` and `progress` (in [0, 1]) are to be read.
+    What begins with an underscore is for the engine alone: the guard and captured steps use it too.
 
     Args:
         cfg: the method's configuration.
@@ -84,11 +85,11 @@ class Run:
         self._kept = Kept()
         self._generator = torch.Generator(self.device)
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
-        self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device)
         self._guard = Guard(cfg.co_guard, self._held_out.columns)
         self._journal = Journal(cfg, self._held_out, averages=bool(cfg.ema))
         self._captures = cfg.compile and capture.possible(self.device) and distributed.world() == 1
-        self._deferred = self.device.type == "cuda" or self._captures  # whether reading a number would make the device wait
+        self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device,
+                              deferred=self.device.type == "cuda" or self._captures, state=self.out_dir / "state.pth")
         self._steps: list[capture.Captured] = []
         if self._captures:
             self._graph = capture.Graph(self.device, [self._generator])
@@ -277,7 +278,7 @@ class Run:
         self.averaged([*gradients, value])
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        with self._finite.admitting(self, value, parameters, optimizer) as made:
+        with self._finite.admitting(value, parameters, optimizer, step=self._rates.at if self._captures else self._position.step) as made:
             if main and self._inside and self._captures:
                 self._rates.set(optimizer, made)
             elif main:
@@ -361,7 +362,7 @@ class Run:
         return distributed.most(wanted, self.device)
 
     def _end_of_epoch(self) -> None:
-        self._finite.read(self)
+        self._finite.read()
         sums = {name: value.item() for name, value in self._sums.items()}
         trained = self._seconds["training"]
         row: dict[str, Any] = {
@@ -504,7 +505,7 @@ class Run:
             "epsilon": float(self.cfg.epsilon), "epoch": epoch, "weights": kind, "seed": self.cfg.seed})
 
     def _save(self) -> None:
-        self._finite.read(self)
+        self._finite.read()
         kept, began = self._kept.state(), time.perf_counter()
         if distributed.rank() == 0:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None

@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(bad, tmp_path):
 def test_a_device_that_does_not_wait_reports_it_at_the_next_reading(bad_step, reading, tmp_path):
     """As on a GPU: until somebody reads, the updates from the bad one on change nothing."""
     run = engine.Run(configuration(tmp_path, ema=0.5, lr_schedule="constant"))
-    run._deferred = True
+    run._finite.deferred = True
     read_after = 4 if reading == "a save" else 5
     seen = 0
     with pytest.raises(Failure, match=rf"not finite at update {bad_step} \(epoch 1\)"):
@@ -300,7 +300,7 @@ def run_momenta(run: engine.Run) -> list[Tensor]:
 def test_a_bad_loss_does_not_reach_another_optimizer_either(kind, tmp_path):
     """FGSM-SDI's generator: a step with a gradient of zero would still apply its momentum and its weight decay."""
     run = engine.Run(configuration(tmp_path))
-    run._deferred = True
+    run._finite.deferred = True
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = kind([weight], lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
     with pytest.raises(Failure, match="not finite at update 2"):

@@ -373,7 +373,7 @@ def deferred(patch, whether):
     prepare = engine.Run.keep
 
     def keep(run, **objects):
-        run._deferred = whether
+        run._finite.deferred = whether
         prepare(run, **objects)
     patch.setattr(engine.Run, "keep", keep)
     yield
@@ -407,7 +407,7 @@ def test_a_first_update_that_is_skipped_leaves_no_momentum(waits, tmp_path, monk
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *given, **more: empty_like(*given, **more).fill_(7))
     run = engine.Run(engine.Config(dataset="digits", width=4, device="cpu", out_dir=str(tmp_path), on_nonfinite="skip"))
-    run._deferred = not waits
+    run._finite.deferred = not waits
     x, y, _ = next(run.batches())
     run.update(torch.nn.functional.cross_entropy(run.model(x), y) * float("nan"))
     buffers = [state["momentum_buffer"] for state in run.optimizer.state.values()]
@@ -452,11 +452,13 @@ def made(finite: Finite, pattern: str) -> str:
 
 
 def test_the_bounds():
-    device = torch.device("cpu")
-    assert made(Finite(False, 1000, device), "..x..") == "++---"
-    few = Finite(True, 150, device)
+    def finite(skips: bool, updates: int) -> Finite:
+        return Finite(skips, updates, torch.device("cpu"), deferred=True, state=Path("state.pth"))
+
+    assert made(finite(False, 1000), "..x..") == "++---"
+    few = finite(True, 150)
     assert made(few, ".x.x.x..") == "+-+-+---" and int(few.fatal) == 5
-    many = Finite(True, 5000, device)
+    many = finite(True, 5000)
     assert made(many, "x" * 9 + "." + "x" * 10 + ".") == "-" * 9 + "+" + "-" * 11 and int(many.fatal) == 19
 
 
