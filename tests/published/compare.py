@@ -21,28 +21,25 @@ Two minutes a run, about a quarter of an hour a method.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib
 import json
 import multiprocessing
-import os
 import platform
 import sys
 import tempfile
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from theirs import ROOT, Losses, Nothing, alone, executed, initial_state, module as stub
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8
 SHORT = 3  # images in an epoch's last batch
 
@@ -88,6 +85,7 @@ class Method:
     script: str
     module: str
     experiments: dict[str, Experiment]
+    networks: dict[str, str] = field(default_factory=dict)  # what of the published code makes the classifier, and a teacher, where a file asks for that
 
 
 def _sdi(rate: float, **special: Any) -> dict[str, Any]:
@@ -217,55 +215,13 @@ class Feed:
         return into.copy_(high * noise)
 
 
-def published(method: str, experiment: Experiment, checkout: Path, pipe: Any, run: Callable[..., None] | None = None) -> None:
-    """Runs the published training script in this process; `run` is how."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    sys.dont_write_bytecode = True
-    sys.path[:] = [str(checkout)] + [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, Path(__file__).parent)]
-    try:
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-            os.chdir(folder)
-            sys.stdout = sys.stderr = nowhere
-            try:
-                (run or _published)(method, experiment, checkout, pipe)
-            finally:
-                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-                os.chdir("/")
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # our side has seen enough
-    except BaseException:
-        pipe.send({"error": traceback.format_exc()})
-
-
-def stand_ins() -> None:
-    """No GPU, float64 and no apex."""
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
-    torch.Tensor.float = lambda self: self.to(torch.get_default_dtype())
-    torch.cuda.FloatTensor = torch.empty
-    amp = types.ModuleType("apex.amp")
-    amp.initialize = lambda network, optimizer, **_: (network, optimizer)
-    amp.scale_loss = lambda loss, optimizer: contextlib.nullcontext(loss)
-    sys.modules["apex"], sys.modules["apex.amp"] = types.ModuleType("apex"), amp
-    sys.modules["apex"].amp = amp
-
-
-def executed(script: Path, checkout: Path) -> dict[str, str]:
-    """The digests of the published files that run in this process."""
-    files = [script, *(Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None))]
-    names = sorted({f.resolve().relative_to(checkout).as_posix() for f in files if f.resolve().is_relative_to(checkout)})
-    return {name: hashlib.sha256((checkout / name).read_bytes()).hexdigest() for name in names}
-
-
-def _published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
+def theirs(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
+    """Executes the published script."""
     seen: dict[str, torch.nn.Module] = {}  # their networks, the first one of each kind
-    loss = 0.0
     generator_found: dict[str, Any] = {}
 
     # What surrounds it.
-    stand_ins()
-    sys.modules["tensorboardX"] = types.ModuleType("tensorboardX")
-    sys.modules["tensorboardX"].SummaryWriter = lambda *a, **k: None
+    stub("tensorboardX", SummaryWriter=Nothing)
     parse = argparse.ArgumentParser.parse_args
     argparse.ArgumentParser.parse_args = lambda self: types.SimpleNamespace(attacker="generator", **vars(parse(self)))
 
@@ -299,30 +255,23 @@ def _published(method: str, experiment: Experiment, checkout: Path, pipe: Any) -
     record("classifier", *{"sdi": ("models.resnet", "ResNet"), "rs": ("preact_resnet", "PreActResNet"), "ga": ("models", "PreActResNet")}[method])
     if method == "sdi":
         record("generator", "attacker", "One_Layer_Attacker")
-    backward = torch.Tensor.backward
-
-    def watched_backward(self: torch.Tensor, *a: Any, **k: Any) -> None:
-        nonlocal loss
-        loss = self.item()
-        backward(self, *a, **k)
-    torch.Tensor.backward = watched_backward
+    losses = Losses()
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         nonlocal generator_found
         if not feed.on:
             return
         if isinstance(optimizer, torch.optim.Adam):
-            generator_found = prefixed("generator", snapshot(seen["generator"], optimizer) | {"loss": {"": np.array(loss)}})
+            generator_found = prefixed("generator", snapshot(seen["generator"], optimizer) | {"loss": {"": np.array(losses.value)}})
         else:
-            found = prefixed("classifier", snapshot(seen["classifier"], optimizer) | {"loss": {"": np.array(loss)}})
+            found = prefixed("classifier", snapshot(seen["classifier"], optimizer) | {"loss": {"": np.array(losses.value)}})
             pipe.send(found | generator_found)
     register_optimizer_step_post_hook(after_step)
 
     script = checkout / Path(METHODS[method].script).name
 
     def begin() -> None:
-        pipe.send({"initial": {kind: {key: value.numpy() for key, value in network.state_dict().items()} for kind, network in seen.items()},
-                   "files": executed(script, checkout)})
+        pipe.send({"initial": {kind: initial_state(network) for kind, network in seen.items()}, "files": executed(checkout, script)})
     feed.begin = begin
 
     sys.argv = [script.name]
@@ -473,9 +422,9 @@ def images(n: int, saturated: bool, folder: Path) -> None:
 
 
 def compare(method: str, experiment: Experiment, checkout: Path, steps: int,
-            published: Callable[..., None] = published, ours: Callable[..., Any] = ours) -> tuple[dict[str, Any], dict[str, str]]:
+            theirs: Callable[..., None] = theirs, ours: Callable[..., Any] = ours) -> tuple[dict[str, Any], dict[str, str]]:
     here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=published, args=(method, experiment, checkout, there), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=alone, args=(theirs, method, experiment, checkout, there), daemon=True)
     process.start()
     there.close()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,12 +23,8 @@ Writes results/fidelity/<method>.json, with the fields of compare.py's. At most 
 """
 from __future__ import annotations
 
-import hashlib
 import importlib
-import os
 import sys
-import tempfile
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from compare import BATCH, ROOT, SHORT, Differences, Enough, images, main, prefixed, receive, snapshot
+from compare import BATCH, SHORT, Differences, Enough, Method, images, main, prefixed, receive, snapshot
+from theirs import Losses, Nothing, executed, initial_state, module, of_ours
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ARCH, WIDTH = "resnet8", 8
@@ -95,17 +92,6 @@ class Experiment:
     @property
     def n(self) -> int:
         return BATCH * (self.per_epoch - 1) + self.last
-
-
-@dataclass
-class Method:
-    url: str
-    commit: str
-    digest: str  # of the published files that are executed, at that commit
-    script: str
-    module: str
-    networks: dict[str, str]  # what of the published code makes the classifier, and the teacher
-    experiments: dict[str, Experiment]
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -202,39 +188,39 @@ METHODS = {
     "nuat": Method(
         "https://github.com/val-iisc/NuAT", "89622905a8f25554b4a25dc52a1d36c764f136f4",
         "594133bf3729d727b4cf7fed1481cbadcc48d75e6c3a253cec417e9615920da2",
-        "CIFAR10/NuAT_cifar10.py", "train_nuat", {"classifier": "ResNet18"}, _nuat()),
+        "CIFAR10/NuAT_cifar10.py", "train_nuat", _nuat(), {"classifier": "ResNet18"}),
     "gat": Method(
         "https://github.com/val-iisc/GAMA-GAT", "6b69e890d6fd9ab332332f5232eb3f2b6f60e0a3",
         "2b9a3d9c08796d3cf3fc847034388f4d0280d6e4d565af53b19ce235c4550f0a",
-        "CIFAR10/GAT_cifar10.py", "train_gat", {"classifier": "ResNet18"}, _gat()),
+        "CIFAR10/GAT_cifar10.py", "train_gat", _gat(), {"classifier": "ResNet18"}),
     "trades": Method(
         "https://github.com/yaodongyu/TRADES", "6e8e11b7c281371c2f027ffadfbaea80361f09de",
         "c41f22bc7e437182233354ca248037d5a1126764f259cff01e18186c7ab6c0f4",
-        "train_trades_cifar10.py", "train_trades", {"classifier": "models.wideresnet.WideResNet"}, _trades()),
+        "train_trades_cifar10.py", "train_trades", _trades(), {"classifier": "models.wideresnet.WideResNet"}),
     "mart": Method(
         "https://github.com/YisenWang/MART", "2d83e17b381dd2ee52223695e517bf6d5ff09c2c",
         "5c33d4f0662240505d20f8cbdbec958e06287e8daeb075aac127dc50f29eb3eb",
-        "train_resnet.py", "train_mart", {"classifier": "resnet.ResNet18"}, _mart()),
+        "train_resnet.py", "train_mart", _mart(), {"classifier": "resnet.ResNet18"}),
     "awp": Method(
         "https://github.com/csdongxian/AWP", "a7acf5d842fccf1bbb4b91644352ce157d370a26",
         "7e18adfa2519240218d00c23cede699e960d84785f37b3681a30bd3428c4c554",
-        "AT_AWP/train_cifar10.py", "train_awp", {"classifier": "preactresnet.PreActResNet18"}, _awp()),
+        "AT_AWP/train_cifar10.py", "train_awp", _awp(), {"classifier": "preactresnet.PreActResNet18"}),
     "trades-awp": Method(
         "https://github.com/csdongxian/AWP", "a7acf5d842fccf1bbb4b91644352ce157d370a26",
         "e4187b5913316cf585b5363b45e2c9121470acdff019d133dc28adddcb1a4657",
-        "trades_AWP/train_trades_cifar.py", "train_awp", {"classifier": "models.ResNet18"}, _trades_awp()),
+        "trades_AWP/train_trades_cifar.py", "train_awp", _trades_awp(), {"classifier": "models.ResNet18"}),
     "fat": Method(
         "https://github.com/zjfheart/Friendly-Adversarial-Training", "80a064074891775146bca8c4d8a6b99c1499285a",
         "d86a36b3762fe561c689033ec101339cfd1286f720d60706791c3fa5692846d7",
-        "FAT.py", "train_fat", {"classifier": "models.ResNet18"}, _fat()),
+        "FAT.py", "train_fat", _fat(), {"classifier": "models.ResNet18"}),
     "gairat": Method(
         "https://github.com/zjfheart/Geometry-aware-Instance-reweighted-Adversarial-Training", "16813b5b08449ed60af8835c8f1e3b1960ce2ff3",
         "ef1980c60c8771c78544315f0f25c079e22178ebdbe91cd4c2ea274033b7cbc7",
-        "GAIRAT.py", "train_gairat", {"classifier": "models.ResNet18"}, _gairat()),
+        "GAIRAT.py", "train_gairat", _gairat(), {"classifier": "models.ResNet18"}),
     "lbgat": Method(
         "https://github.com/dvlab-research/LBGAT", "f7f33f0ea7d2b1ee89741144604b29624057f44a",
         "310136ee756bc1d8972f194c932a23ce34863c0d30f640302a907d8d54fe5e41",
-        "train_lbgat_cifar100.py", "train_lbgat", {"classifier": "models.nets.WideResNet", "teacher": "models.nets.ResNet18_cifar"}, _lbgat()),
+        "train_lbgat_cifar100.py", "train_lbgat", _lbgat(), {"classifier": "models.nets.WideResNet", "teacher": "models.nets.ResNet18_cifar"}),
 }
 
 
@@ -308,69 +294,25 @@ class Anything:
         yield torch.rand(2, 3, 32, 32), torch.randint(10, (2,))
 
 
-class Nothing:
-    """An instance of any class that is only there to be called; also torchvision's data sets, with one black image."""
+class NoImages(Nothing):
+    """A data set of torchvision's, with one black image."""
 
     data, targets = np.zeros((1, 32, 32, 3), np.uint8), [0]
-
-    def __init__(self, *a: Any, **k: Any) -> None:
-        pass
 
     def __len__(self) -> int:
         return 0
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *a, **k: None
 
-
-def module(name: str, **content: Any) -> None:
-    """Makes `name` importable."""
-    created = types.ModuleType(name)
-    vars(created).update(content)
-    sys.modules[name] = created
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, created)
-
-
-def published(method: str, experiment: Experiment, folder: Path, pipe: Any) -> None:
-    """Runs the published training script in this process."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    sys.dont_write_bytecode = True
-    sys.path.insert(0, str(ROOT))
-    build = importlib.import_module("models").build
-    for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:
-        del sys.modules[name]
-    sys.path[:] = [str(folder)] + [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, Path(__file__).parent)]
-    try:
-        with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere:
-            os.chdir(scratch)
-            sys.stdout = sys.stderr = nowhere
-            try:
-                _published(method, experiment, folder, pipe, lambda: build(ARCH, width=WIDTH))
-            finally:
-                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-                os.chdir("/")
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # our side has seen enough
-    except BaseException:
-        pipe.send({"error": traceback.format_exc()})
-
-
-def _published(method: str, experiment: Experiment, folder: Path, pipe: Any, build: Callable[[], torch.nn.Module]) -> None:
+def theirs(method: str, experiment: Experiment, folder: Path, pipe: Any) -> None:
+    """Executes the published script."""
+    build = of_ours("models").build
     seen: dict[str, torch.nn.Module] = {}  # their networks, the first one of each kind
     optimizers: list[torch.optim.Optimizer] = []  # the classifier's, once per update in the batch under way
-    loss = 0.0
     passes = 0  # of the classifier in the batch under way
     script = folder / Path(METHODS[method].script).name
 
     def begin() -> None:
-        files = [script, *(Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None))]
-        executed = sorted({f.resolve().relative_to(folder).as_posix() for f in files if f.resolve().is_relative_to(folder)})
-        pipe.send({"initial": {kind: {key: value.numpy() for key, value in network.state_dict().items()} for kind, network in seen.items()},
-                   "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in executed}})
+        pipe.send({"initial": {kind: initial_state(network) for kind, network in seen.items()}, "files": executed(folder, script)})
 
     def before() -> None:
         nonlocal passes
@@ -382,18 +324,15 @@ def _published(method: str, experiment: Experiment, folder: Path, pipe: Any, bui
         optimizer, = optimizers
         optimizers.clear()
         last = feed.moving[-1] if len(feed.moving) == ATTACK_STEPS else 0
-        pipe.send(remembered(seen, optimizer, loss) | {"stopped": len(feed.x) - last})
+        pipe.send(remembered(seen, optimizer, losses.value) | {"stopped": len(feed.x) - last})
 
     feed = Feed(pipe, experiment, begin, before, after)
 
     # What surrounds it.
-    torch.cuda.is_available = lambda: False
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
-    torch.Tensor.float = lambda self: self.to(torch.get_default_dtype())
     torch.set_default_tensor_type = lambda kind: None
     sys.modules["torch.autograd.gradcheck"].zero_gradients = lambda image: None
     torch.optim.lr_scheduler.CyclicLR = Nothing
-    torchvision.datasets.CIFAR10 = torchvision.datasets.CIFAR100 = Nothing
+    torchvision.datasets.CIFAR10 = torchvision.datasets.CIFAR100 = NoImages
     loaders = iter([feed])
     torch.utils.data.DataLoader = lambda *a, **k: next(loaders, Anything())
     module("tensorboardX", SummaryWriter=Nothing)
@@ -431,7 +370,7 @@ def _published(method: str, experiment: Experiment, folder: Path, pipe: Any, bui
     # What is watched.
     def made(kind: str) -> Callable[..., torch.nn.Module]:
         def make(*a: Any, **k: Any) -> torch.nn.Module:
-            network = build()
+            network = build(ARCH, width=WIDTH)
             if kind == "classifier" and kind not in seen:
                 network.register_forward_pre_hook(before_pass)
             seen.setdefault(kind, network)
@@ -457,13 +396,7 @@ def _published(method: str, experiment: Experiment, folder: Path, pipe: Any, bui
     if method in ("fat", "gairat"):
         attack = importlib.import_module("attack_generator")
         attack.eval_clean = attack.eval_robust = lambda *a, **k: (0.0, 0.0)
-    backward = torch.Tensor.backward
-
-    def watched_backward(self: torch.Tensor, *a: Any, **k: Any) -> None:
-        nonlocal loss
-        loss = self.item()
-        backward(self, *a, **k)
-    torch.Tensor.backward = watched_backward
+    losses = Losses()
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if optimizer.param_groups[0]["params"][0] is next(seen["classifier"].parameters()):
@@ -567,4 +500,4 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
 
 
 if __name__ == "__main__":
-    main(__doc__, METHODS, REPLACED, published=published, ours=ours)
+    main(__doc__, METHODS, REPLACED, theirs=theirs, ours=ours)

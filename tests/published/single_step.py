@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from compare import (
-    BATCH, ROOT, SHORT, Differences, Enough, Experiment, Feed, Method, _old, executed, images, main, prefixed, published, receive, snapshot,
-    stand_ins,
+    BATCH, SHORT, Differences, Enough, Experiment, Feed, Method, _old, images, main, prefixed, receive, snapshot,
 )
+from theirs import Losses, Nothing, executed, initial_state, module as stub, of_ours
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 WIDTH = 8  # of the classifier
@@ -187,16 +186,6 @@ METHODS = {
 
 # ---- the published side, in a process of its own ---------------------------------------------------------------------
 
-def small_network() -> Callable[..., torch.nn.Module]:
-    """What makes our resnet8, with no package of ours left where the published script would find it."""
-    sys.path.insert(0, str(ROOT))
-    build = importlib.import_module("models").build
-    sys.path.remove(str(ROOT))
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("models", "utils")]:
-        del sys.modules[name]
-    return lambda *a, **k: build("resnet8", width=WIDTH)
-
-
 def variables(function: str) -> dict[str, Any]:
     """The local variables of the innermost call of `function` that is under way."""
     frame = sys._getframe(1)
@@ -266,29 +255,16 @@ class Attack:
         return found
 
 
-class Nothing:
-    """Whatever is called, nothing happens."""
+class Empty(Nothing):
+    """Also a loader whose every batch is nothing."""
 
-    def __init__(self, *a: Any, **k: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *a, **k: None
-
-    def __iter__(self) -> Nothing:
+    def __iter__(self) -> Empty:
         return self
 
     def __next__(self) -> tuple[None, None]:
         return None, None
 
     next = __next__
-
-
-def stub(name: str, **attributes: Any) -> types.ModuleType:
-    """A module of that name that has these attributes."""
-    module = sys.modules[name] = types.ModuleType(name)
-    vars(module).update(attributes)
-    return module
 
 
 def surround(method: str, experiment: Experiment, feed: Feed) -> None:
@@ -323,7 +299,7 @@ def surround(method: str, experiment: Experiment, feed: Feed) -> None:
         stub("torchattacks.attack", Attack=Attack)
         stub("torchhk", RecordManager=Nothing)
         importlib.import_module("defenses.trainers.adv_trainer").get_acc = lambda *a: 0.0
-        importlib.import_module("defenses.loader").base_loader = lambda data_name, shuffle_train: (feed if shuffle_train else Nothing(), Nothing())
+        importlib.import_module("defenses.loader").base_loader = lambda data_name, shuffle_train: (feed if shuffle_train else Empty(), Empty())
     else:
         utils = importlib.import_module("utils")
         utils.rob_acc = lambda *a, **k: (0.0, 0.0, None)
@@ -355,12 +331,9 @@ def remembered(method: str, v: dict[str, Any], feed: Feed) -> dict[str, torch.Te
     return {"perturbation": v["delta"], "gradient norm": norm}
 
 
-def run(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
+def theirs(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
     """Executes the published script."""
-    build = small_network()
-    stand_ins()
-    torch.cuda.is_available = lambda: False  # DataParallel asks
-    torch.manual_seed(0)  # not every script does
+    build = of_ours("models").build
     feed = {"mep": Visits, "n-fgsm": Indexed}.get(method, Feed)(pipe, experiment, lambda x: x)
     surround(method, experiment, feed)
     draw = torch.Tensor.uniform_
@@ -369,26 +342,19 @@ def run(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
         torch.max, torch.min = _old(torch.max, torch.gt), _old(torch.min, torch.lt)
 
     seen: list[torch.nn.Module] = []
-    loss = 0.0
 
     def create(*a: Any, **k: Any) -> torch.nn.Module:
         feed.on = False  # FGSM-MEP's script makes another one at an epoch's end, to evaluate
-        seen.append(build())
+        seen.append(build("resnet8", width=WIDTH))
         return seen[-1]
 
     module, name = NETWORK[method]
     setattr(importlib.import_module(module), name, create)
-    backward = torch.Tensor.backward
-
-    def watched_backward(self: torch.Tensor, *a: Any, **k: Any) -> None:
-        nonlocal loss
-        loss = self.item()
-        backward(self, *a, **k)
-    torch.Tensor.backward = watched_backward
+    losses = Losses()
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if feed.on:
-            found = prefixed("classifier", snapshot(seen[0], optimizer) | {"loss": {"": np.array(loss)}})
+            found = prefixed("classifier", snapshot(seen[0], optimizer) | {"loss": {"": np.array(losses.value)}})
             more = remembered(method, variables(LOOP.get(method, "main")), feed)
             pipe.send(found | {quantity: {"": value.detach().numpy().copy()} for quantity, value in more.items()})
     register_optimizer_step_post_hook(after_step)
@@ -396,7 +362,7 @@ def run(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
     script = checkout / Path(METHODS[method].script).name
 
     def begin() -> None:
-        pipe.send({"initial": {key: value.numpy() for key, value in seen[0].state_dict().items()}, "files": executed(script, checkout)})
+        pipe.send({"initial": initial_state(seen[0]), "files": executed(checkout, script)})
     feed.begin = begin
 
     text = script.read_text()
@@ -409,11 +375,6 @@ def run(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
     if method == "mep":
         text = text.replace("50000", str(feed.n))
     exec(compile(text, script.name, "exec"), {"__name__": "__main__", "__file__": str(script)})
-
-
-def theirs(method: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
-    """The published side."""
-    published(method, experiment, checkout, pipe, run)
 
 
 # ---- our side --------------------------------------------------------------------------------------------------------
@@ -543,4 +504,4 @@ def ours(method: str, experiment: Experiment, data: Path, steps: int, pipe: Any)
 
 
 if __name__ == "__main__":
-    main(__doc__, METHODS, REPLACED, published=theirs, ours=ours)
+    main(__doc__, METHODS, REPLACED, theirs=theirs, ours=ours)

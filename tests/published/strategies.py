@@ -23,13 +23,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-import hashlib
 import importlib
-import os
 import sys
-import tempfile
-import traceback
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +34,9 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from compare import BATCH, ROOT, SHORT, Differences, Enough, Method, images, main, prefixed, receive, snapshot
+from compare import BATCH, SHORT, Differences, Enough, Method, images, main, prefixed, receive, snapshot
 from strategy_keys import renamed
+from theirs import Losses, Nothing, executed, initial_state, module as stub, of_ours
 
 ACTIONS = {"Attack_epsilon": "radii", "Attack_iters": "steps", "Attack_step_size": "step_sizes", "Attack_beta_size": "betas"}
 """What train_las_at.py calls the published heads."""
@@ -245,7 +241,6 @@ class Surroundings:
         self.seen: dict[str, torch.nn.Module] = {}  # their networks, the first one of each kind
         self.on = False  # while an epoch is under way: random numbers are ours then, and steps are watched
         self.begun = False
-        self.loss = 0.0
         self.copied: Any = None
         self.channels: list[torch.Tensor] = []  # of noise, not yet asked for
         self.ahead: dict[str, torch.Tensor] = {}  # what LIET draws earlier on our side
@@ -274,13 +269,10 @@ class Surroundings:
 
     def _begin(self, local: dict[str, Any]) -> None:
         self.begun = True
-        modules = (Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None))
-        files = [file.resolve() for file in (*self.files, *modules)]
-        executed = sorted({file.relative_to(self.checkout).as_posix() for file in files if file.is_relative_to(self.checkout)})
         self.pipe.send({
-            "initial": {kind: {key: value.numpy() for key, value in network.state_dict().items()} for kind, network in self.seen.items()},
+            "initial": {kind: initial_state(network) for kind, network in self.seen.items()},
             "universal": local["uaps"].numpy() if "uaps" in local else None,
-            "files": {name: hashlib.sha256((self.checkout / name).read_bytes()).hexdigest() for name in executed}})
+            "files": executed(self.checkout, *self.files)})
 
     def _everything(self, local: dict[str, Any]) -> dict[str, Any]:
         """What is remembered at the end of a batch, where the script's own variables are `local`."""
@@ -341,20 +333,13 @@ class Surroundings:
     # ---- what is replaced and watched
 
     def run(self) -> None:
-        torch.manual_seed(0)
-        models = importlib.import_module("models")
-        for name in [name for name in sys.modules if name.split(".")[0] in ("models", "utils", "attacks")]:
-            del sys.modules[name]  # ours: the authors have modules of these names
-        sys.path[:] = [str(self.checkout)] + [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, Path(__file__).parent)]
+        models = of_ours("models")
 
         def classifier(*_: Any) -> torch.nn.Module:
             network = models.build(**CLASSIFIER)
             self.seen.setdefault("classifier", network)
             return network
 
-        torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
-        torch.Tensor.float = lambda self: self.to(torch.get_default_dtype())
-        torch.cuda.is_available = lambda: False
         torch.Tensor.uniform_ = self._while_on(torch.Tensor.uniform_, lambda into, low=0.0, high=1.0: self.uniform(into, low, high))
         torch.randn = self._while_on(torch.randn, lambda *a: self._noise("normal"))
         torch.rand = self._while_on(torch.rand, self.rand)
@@ -370,11 +355,7 @@ class Surroundings:
         return lambda *a, **k: (ours if self.on else theirs)(*a, **k)
 
     def _watch(self) -> None:
-        backward, duplicate = torch.Tensor.backward, copy.deepcopy
-
-        def watched_backward(tensor: torch.Tensor, *a: Any, **k: Any) -> None:
-            self.loss = tensor.item()
-            backward(tensor, *a, **k)
+        losses, duplicate = Losses(), copy.deepcopy
 
         def watched_copy(thing: Any, *a: Any) -> Any:
             made = duplicate(thing, *a)
@@ -385,16 +366,15 @@ class Surroundings:
         def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             for kind, network in self.seen.items():
                 if self.on and next(network.parameters()) is optimizer.param_groups[0]["params"][0]:
-                    found = snapshot(network, optimizer) | {"loss": {"": np.array(self.loss)}}
+                    found = snapshot(network, optimizer) | {"loss": {"": np.array(losses.value)}}
                     self.found |= prefixed(kind, {name: value for name, value in found.items() if name not in ("weights", "buffers")})
-        torch.Tensor.backward, copy.deepcopy = watched_backward, watched_copy
+        copy.deepcopy = watched_copy
         register_optimizer_step_post_hook(after_step)
 
     def _las(self, classifier: Callable, build: Callable) -> None:
         """The scripts for las-at and las-trades run on import, that for las-awp has a main."""
         awp = self.name == "las-awp"
-        sys.modules["tensorboardX"] = types.ModuleType("tensorboardX")
-        sys.modules["tensorboardX"].SummaryWriter = lambda *a: types.SimpleNamespace(add_scalar=lambda *a: None)
+        stub("tensorboardX", SummaryWriter=Nothing)
         networks, utils = importlib.import_module("StrategyNet"), importlib.import_module("utils")
         create = getattr(networks, "ResNet18_StrategyNet" if awp else "ResNet18_Strategy")
         importlib.import_module("CIFAR10_models").ResNet18 = classifier
@@ -420,10 +400,8 @@ class Surroundings:
             namespace["main"]()
 
     def _fastat(self, classifier: Callable) -> None:
-        yaml, torchattacks = types.ModuleType("yaml"), types.ModuleType("torchattacks")
-        yaml.safe_load = lambda file: dict(_flat(line) for line in file if ":" in line)
-        torchattacks.PGD = torchattacks.FGSM = None
-        sys.modules |= {"yaml": yaml, "torchattacks": torchattacks}
+        stub("yaml", safe_load=lambda file: dict(_flat(line) for line in file if ":" in line))
+        stub("torchattacks", PGD=None, FGSM=None)
         torch.FloatTensor = torch.empty
         main = importlib.import_module("main")
         nothing = dict.fromkeys(("val_acc", "fgsm_acc", "pgd_acc"), 0.0)
@@ -445,24 +423,9 @@ def _flat(line: str) -> tuple[str, Any]:
         return name, text.strip()
 
 
-def published(name: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
-    """Runs the published training script in this process."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    sys.dont_write_bytecode = True
-    try:
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-            os.chdir(folder)
-            sys.stdout = sys.stderr = nowhere
-            try:
-                Surroundings(name, experiment, checkout, pipe).run()
-            finally:
-                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-                os.chdir("/")
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # our side has seen enough
-    except BaseException:
-        pipe.send({"error": traceback.format_exc()})
+def theirs(name: str, experiment: Experiment, checkout: Path, pipe: Any) -> None:
+    """Executes the published script."""
+    Surroundings(name, experiment, checkout, pipe).run()
 
 
 # ---- our side --------------------------------------------------------------------------------------------------------
@@ -653,4 +616,4 @@ def prefixed_losses(losses: dict[str, float]) -> dict[str, Any]:
 if __name__ == "__main__":
     groups = {name: "las" if method.module == "train_las_at" else "fastat" for name, method in METHODS.items()}
     main(__doc__, METHODS, {"all": REPLACED["all"]} | {name: REPLACED[group] + REPLACED[name] for name, group in groups.items()},
-         published=published, ours=ours)
+         theirs=theirs, ours=ours)
