@@ -65,16 +65,17 @@ def demo(*names: str) -> str:
         runs |= found
     if not runs:
         return NOTHING
-    facts = [show.facts(several) for several in runs.values()]
-    seeds = sorted({fact["seeds"] for fact in facts})
+    facts = [show.facts(run) for several in runs.values() for run in several]
+    seeds = sorted({len(several) for several in runs.values()})
     spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
     count = " or ".join(map(str, seeds)) + (" seeds" if seeds[-1] > 1 else " seed")
+    without = sum(not fact["card"] for fact in facts)
     on = {key: sorted({str(fact[key])[:length] for fact in facts}) for key, length in (("device", 80), ("precision", 4), ("torch", 20), ("commit", 10))}
     return (f"{show.table(runs, markdown=True)}\n\n"
             f"Accuracy in percent on {facts[0]['n']} test images at epsilon {facts[0]['epsilon']:g}/255, {facts[0]['epochs']} epochs, "
             f"{count}, {spread}; {' and '.join(on['device'])}, {' and '.join(on['precision'])}, torch {' and '.join(on['torch'])}, "
             f"commit{'s' if len(on['commit']) > 1 else ''} {', '.join(on['commit'])}."
-            + ("" if all(fact["card"] for fact in facts) else " Evaluated before there were claim cards."))
+            + {0: "", len(facts): " Evaluated before there were claim cards."}.get(without, f" {without} of the {len(facts)} runs were evaluated before there were claim cards."))
 
 
 def gaps(name: str) -> str:

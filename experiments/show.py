@@ -32,12 +32,16 @@ def is_dirty(runs: Runs) -> bool:
 
 
 def table(runs: Runs, markdown: bool) -> str:
-    """The papers' columns: one row per method and checkpoint; mean and range over seeds, or the 95 % interval of one."""
+    """The papers' columns: one row per method and checkpoint; mean and range over seeds, or the 95 % interval of one.
+
+    How many seeds stands in a last column where that is not the same for all.
+    """
     first = next(iter(runs.values()))[0]["evaluations"]
     columns = list(next(iter(first.values()))["metrics"])
-    heading = ["Method", "Checkpoint", *(HEADINGS[c] for c in columns), "Training, s"]
+    counted = len({len(several) for several in runs.values()}) > 1
+    heading = ["Method", "Checkpoint", *(HEADINGS[c] for c in columns), "Training, s", *(["Seeds"] if counted else [])]
     rows = [[label, name, *(cell([run["evaluations"][name]["metrics"][c] for run in several]) + doubt(several, name) for c in columns),
-             f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}"]
+             f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}", *([str(len(several))] if counted else [])]
             for label, several in runs.items() for name in first]
     if markdown:
         lines = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *rows]
@@ -60,12 +64,12 @@ def cell(metrics: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(values):.1f} ({low:.1f} to {high:.1f})"
 
 
-def facts(several: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a caption needs to say of a method's runs: n, seeds, machine, versions, commit."""
-    run = several[0]["run"]
-    evaluation = next(iter(several[0]["evaluations"].values()))
-    return {"n": evaluation["n"], "card": all("card" in e for run in several for e in run["evaluations"].values()), "seeds": len(several), "epsilon": evaluation["epsilon"], "device": run["device"], "precision": run["precision"],
-            "torch": run["versions"]["torch"], "commit": run["commit"], "epochs": run["config"]["epochs"]}
+def facts(result: dict[str, Any]) -> dict[str, Any]:
+    """What a caption needs to say of a run: n, radius, machine, versions, commit, whether its evaluations have claim cards."""
+    run, evaluations = result["run"], list(result["evaluations"].values())
+    return {"n": evaluations[0]["n"], "epsilon": evaluations[0]["epsilon"], "epochs": run["config"]["epochs"], "device": run["device"],
+            "precision": run["precision"], "torch": run["versions"]["torch"], "commit": run["commit"],
+            "card": all("card" in evaluation for evaluation in evaluations)}
 
 
 def curves(runs: Runs, path: Path) -> None:

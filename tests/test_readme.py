@@ -145,6 +145,21 @@ def test_autoattack_shows_costs_and_disagreement(tmp_path: Path, monkeypatch: py
         render.autoattack()
 
 
+@pytest.mark.parametrize("name", ["digits", "digits-all", "cifar", "cifar-all"])
+def test_a_demos_table_says_which_runs_it_is_of(name: str) -> None:
+    runs = show.read(ROOT / "results" / f"demo-{name}")
+    caption = render.demo(name).splitlines()[-1]
+    for run in (run["run"] for several in runs.values() for run in several):
+        assert run["commit"][:10] in caption and run["device"] in caption
+
+
+def test_a_table_of_unequal_numbers_of_seeds_has_a_column_of_them() -> None:
+    runs = show.read(ROOT / "results" / "demo-digits")
+    assert "Seeds" not in show.table(runs, markdown=True)
+    runs[next(iter(runs))].pop()
+    assert [line.split("|")[-2].strip() for line in show.table(runs, markdown=True).splitlines()] == ["Seeds", "---:", "2", "3", "3", "3"]
+
+
 def test_cell_shows_range_or_interval() -> None:
     one = {"value": 50.0, "n": 100, "interval": [40.4, 59.6]}
     assert show.cell([one]) == "50.0 (40.4 to 59.6)"
