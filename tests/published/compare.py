@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from theirs import ROOT, Losses, Nothing, alone, executed, initial_state, module as stub
+from theirs import ROOT, Losses, Nothing, alone, executed, initial_state, stub
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 BATCH = 8
@@ -45,7 +45,7 @@ SHORT = 3  # images in an epoch's last batch
 
 REPLACED = {
     "all": [
-        "Tensor.cuda and Module.cuda return what they are given",
+        "Tensor.cuda and Module.cuda return what they are given, and torch.cuda.is_available says no; torch is seeded with 0 beforehand",
         "the default dtype is float64; Tensor.float casts to it, torch.cuda.FloatTensor makes it",
         "the training loader yields the batches of our run; the test loader is empty",
         "Tensor.uniform_(-b, b), while an epoch is under way, gives b times the U(-1, 1) noise of our run",

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torchvision
 from compare import BATCH, SHORT, Differences, Enough, Method, images, main, prefixed, receive, snapshot
-from theirs import Losses, Nothing, executed, initial_state, module, of_ours
+from theirs import Losses, Nothing, executed, initial_state, of_ours, stub
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ARCH, WIDTH = "resnet8", 8
@@ -335,11 +335,11 @@ def theirs(method: str, experiment: Experiment, folder: Path, pipe: Any) -> None
     torchvision.datasets.CIFAR10 = torchvision.datasets.CIFAR100 = NoImages
     loaders = iter([feed])
     torch.utils.data.DataLoader = lambda *a, **k: next(loaders, Anything())
-    module("tensorboardX", SummaryWriter=Nothing)
-    module("matplotlib")
-    module("matplotlib.pyplot")
-    module("progress")
-    module("progress.bar", Bar=Nothing)
+    stub("tensorboardX", SummaryWriter=Nothing)
+    stub("matplotlib")
+    stub("matplotlib.pyplot")
+    stub("progress")
+    stub("progress.bar", Bar=Nothing)
     Path("ResNet.py").touch()
     Path("Logs").mkdir()
 

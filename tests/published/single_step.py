@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from compare import (
     BATCH, SHORT, Differences, Enough, Experiment, Feed, Method, _old, images, main, prefixed, receive, snapshot,
 )
-from theirs import Losses, Nothing, executed, initial_state, module as stub, of_ours
+from theirs import Losses, Nothing, executed, initial_state, of_ours, stub
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 WIDTH = 8  # of the classifier

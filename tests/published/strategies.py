@@ -36,7 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compare import BATCH, SHORT, Differences, Enough, Method, images, main, prefixed, receive, snapshot
 from strategy_keys import renamed
-from theirs import Losses, Nothing, executed, initial_state, module as stub, of_ours
+from theirs import Losses, Nothing, executed, initial_state, of_ours, stub
 
 ACTIONS = {"Attack_epsilon": "radii", "Attack_iters": "steps", "Attack_step_size": "step_sizes", "Attack_beta_size": "betas"}
 """What train_las_at.py calls the published heads."""

@@ -62,11 +62,11 @@ def stand_ins() -> None:
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
     torch.Tensor.float = lambda self: self.to(torch.get_default_dtype())
     torch.cuda.FloatTensor = torch.empty
-    module("apex")
-    module("apex.amp", initialize=lambda network, optimizer, **_: (network, optimizer), scale_loss=lambda loss, optimizer: contextlib.nullcontext(loss))
+    stub("apex")
+    stub("apex.amp", initialize=lambda network, optimizer, **_: (network, optimizer), scale_loss=lambda loss, optimizer: contextlib.nullcontext(loss))
 
 
-def module(name: str, **content: Any) -> None:
+def stub(name: str, **content: Any) -> None:
     """Makes a module of that name, which has just this, importable."""
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(content)
