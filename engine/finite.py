@@ -22,12 +22,12 @@ class Finite:
             (at least one), and fewer than `IN_A_ROW` one after the other; the next one, or else the first, is fatal.
         updates: of the classifier in an epoch.
         deferred: whether an update is not to wait for what it finds, because reading a number would make the device wait.
-        state: the file with the last save, for the message.
+        last_save: the file that the message names.
     """
 
-    def __init__(self, skips: bool, updates: int, device: torch.device, *, deferred: bool, state: Path) -> None:
+    def __init__(self, skips: bool, updates: int, device: torch.device, *, deferred: bool, last_save: Path) -> None:
         self.skips, self.updates, self.allowed = skips, updates, math.ceil(updates / 100)
-        self.deferred, self.saved = deferred, state
+        self.deferred, self.last_save = deferred, last_save
         self.fatal = torch.full((), -1, dtype=torch.int64, device=device)  # the number of the update that ends the run
         self.skipped, self.row = torch.zeros_like(self.fatal), torch.zeros_like(self.fatal)  # in this epoch; one after the other
         self._buffers: list[Tensor] = []
@@ -102,7 +102,7 @@ class Finite:
         if (step := int(self.fatal)) >= 0:
             reason = f"; {int(self.skipped)} updates of this epoch were not finite, {int(self.row)} one after the other" if self.skips else ""
             raise Failure(f"the loss or its gradient is not finite at update {step} (epoch {step // self.updates + 1}){reason}; the weights were left "
-                          f"as they were, and {self.saved} holds the last save: try a smaller --lr or --precision fp32")
+                          f"as they were, and {self.last_save} holds the last save: try a smaller --lr or --precision fp32")
 
     def state(self) -> list[int]:
         return [int(self.skipped), int(self.row)]

@@ -89,7 +89,7 @@ class Run:
         self._journal = Journal(cfg, self._held_out, averages=bool(cfg.ema))
         self._captures = cfg.compile and capture.possible(self.device) and distributed.world() == 1
         self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device,
-                              deferred=self.device.type == "cuda" or self._captures, state=self.out_dir / "state.pth")
+                              deferred=self.device.type == "cuda" or self._captures, last_save=self.out_dir / "state.pth")
         self._steps: list[capture.Captured] = []
         if self._captures:
             self._graph = capture.Graph(self.device, [self._generator])

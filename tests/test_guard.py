@@ -453,7 +453,7 @@ def made(finite: Finite, pattern: str) -> str:
 
 def test_the_bounds():
     def finite(skips: bool, updates: int) -> Finite:
-        return Finite(skips, updates, torch.device("cpu"), deferred=True, state=Path("state.pth"))
+        return Finite(skips, updates, torch.device("cpu"), deferred=True, last_save=Path("state.pth"))
 
     assert made(finite(False, 1000), "..x..") == "++---"
     few = finite(True, 150)
