@@ -29,9 +29,11 @@ class Demo:
     seeds: tuple[int, ...]
 
 
-# Label to script and flags; the slowest first, so that the cores are busy to the end.
+# Label to script and flags; the slowest first, so that the cores are busy to the end. A comma marks another setting of the method before it.
 METHODS = {
     "LAS-TRADES": ("train_las_at.py", "--base", "trades"), "LAS-AWP": ("train_las_at.py", "--base", "awp"), "LAS-AT": ("train_las_at.py",),
+    "LAS-TRADES, interval 20": ("train_las_at.py", "--base", "trades", "--interval", "20"),
+    "LAS-AWP, interval 20": ("train_las_at.py", "--base", "awp", "--interval", "20"),
     "TRADES-AWP": ("train_awp.py", "--base", "trades"), "AWP": ("train_awp.py",), "LBGAT": ("train_lbgat.py",),
     "TRADES": ("train_trades.py",), "MART": ("train_mart.py",), "PGD-AT": ("train_pgd_at.py",), "GAIRAT": ("train_gairat.py",),
     "FAT": ("train_fat.py",), "Free-AT": ("train_free_at.py",), "FGSM-GA": ("train_fgsm_ga.py", "--lr", "0.2"), "GradSum": ("train_gradsum.py",),
@@ -50,7 +52,7 @@ DEMOS = {
     "digits": Demo(
         methods=FIRST, dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "digits-all": Demo(
-        methods=tuple(label for label in METHODS if label not in (*FIRST, "FGSM-SDI, hard labels")),
+        methods=tuple(label for label in METHODS if label not in FIRST and "," not in label),
         dataset="digits", common=DIGITS, evaluation=("--dataset", "digits"), checkpoints=("last",), seeds=(0, 1, 2)),
     "cifar": Demo(
         methods=("FGSM-GA", "FGSM-SDI", "FGSM-SDI, hard labels", "FGSM-RS", "FGSM-AT"), dataset="cifar10", common=CIFAR,
