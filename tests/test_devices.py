@@ -19,13 +19,18 @@ ELSEWHERE = "meta"
 @pytest.fixture
 def default_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a script has a batch: what it or the engine then makes without saying where cannot be used together with the batch."""
-    plainly = engine.Run._epoch
+    plainly, adam = engine.Run._epoch, torch.optim.Adam._init_group
 
     def watched(run: engine.Run) -> Iterator:
         for batch in plainly(run):
             with torch.device(ELSEWHERE):
                 yield batch
     monkeypatch.setattr(engine.Run, "_epoch", watched)
+
+    def counted(*arguments: object) -> object:  # torch 2.6 makes Adam's count of steps on the default device
+        with torch.device("cpu"):
+            return adam(*arguments)
+    monkeypatch.setattr(torch.optim.Adam, "_init_group", counted)
 
 
 def test_a_batch_stays_on_its_device(train_script, tiny, default_elsewhere):
