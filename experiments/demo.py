@@ -1,7 +1,8 @@
 """Trains and evaluates methods side by side, and shows what came out: `make demo`, `demo-all`, `demo-cifar`, `demo-cifar-all`.
 
 Single-threaded processes, as many at a time as there are cores, on the CPU or sharing one GPU. Every run's numbers go to
-results/<demo>/<run>.json; the table and the figure are made from those files alone.
+output/demo-<name>/<run>.json; the table and the figure are made from those files alone. Runs that are finished there are not done
+again: with --results results/, where the measured runs lie that README shows, only those that are missing.
 """
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=DEMOS)
     parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
     parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
-    parser.add_argument("--results", default="results/", help="where the JSON, the table and the figure go (default: results/)")
+    parser.add_argument("--results", default="output/", help="where the JSON and the figure go (default: output/)")
     parser.add_argument("--only", help="some of the methods, as in the table or as in file names, with commas between them (default: all of the demo)")
     parser.add_argument("--seeds", help="as 0,1,2 (default: the demo's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
