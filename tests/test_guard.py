@@ -85,7 +85,7 @@ def test_training_images_learnt_by_heart_are_no_collapse():
     assert not any(overfitted([Reading(40, 36, 1000, 55, 60 + i) for i in range(40)]))
 
 
-FELL = {"vfsat-seed2"}  # its radius begins anew in epoch 13: PGD-10 falls from 20 % to 6 %, while FGSM gains in the next; then it recovers
+FELL = {"vfsat-seed2": [14]}  # the alarms of runs that hold in the end: its radius began anew in epoch 13, and PGD-10 fell from 20 % to 6 %
 LOGS = [path for demo in ("demo-cifar", "demo-cifar-all") for path in sorted((Path(guard.__file__).parents[1] / "results" / demo).glob("*.json"))]
 
 
@@ -94,7 +94,8 @@ def test_of_the_measured_runs_those_that_end_at_nothing_are_seen(path):
     run = json.loads(path.read_text())
     n = run["run"]["checkpoints"]["last"]["pgd10"]["n"]
     seen = overfitted([Reading(row["val_fgsm"], row["val_pgd10"], n, row["val_clean"], row["train_accuracy"]) for row in run["log"]])
-    assert any(seen) == (run["log"][-1]["val_pgd10"] < 1 or path.stem in FELL)
+    alarmed = [row["epoch"] for row, alarm in zip(run["log"], seen) if alarm]
+    assert alarmed if run["log"][-1]["val_pgd10"] < 1 else alarmed == FELL.get(path.stem, [])
 
 
 def test_the_detector_never_looks_ahead():
