@@ -93,7 +93,7 @@ def fidelity() -> str:
     quantities = {"weights": "classifier weights", "BatchNorm buffers": "classifier buffers", "momentum buffers": "classifier optimizer momentum_buffer",
                   "generator": "generator weights", "lr": "classifier lr", "momentum": "classifier momentum", "loss": "classifier loss"}
     lines = ["| comparison | run | steps | " + " | ".join(quantities) + " |", "| --- | --- | ---: |" + " ---: |" * len(quantities)]
-    sources: dict[str, dict[str, None]] = {}  # of each of our commits, the published ones beside which it ran; several methods may share one
+    sources: dict[str, set[str]] = {}  # our commits, and the published ones, which several methods may share, that each ran beside
     for path in sorted((ROOT / "results" / "fidelity").glob("*.json")):
         report = json.loads(path.read_text())
         if report["ours"]["dirty"]:
@@ -104,10 +104,11 @@ def fidelity() -> str:
             cells = ["" if value is None else f"{value:.0e}" if value else "0" for value in values]
             lines.append(f"| {path.stem} ({report['ours']['script']}) | {name}: {run['what']} | {run['steps']} | " + " | ".join(cells) + " |")
         published = report["published"]
-        sources.setdefault(report["ours"]["commit"][:10], {})[f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}"] = None
+        source = f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}"
+        sources.setdefault(report["ours"]["commit"][:10], set()).add(source)
     if not sources:
         return NOTHING
-    beside = "; ".join(f"ours at {commit} beside {', '.join(published)}" for commit, published in sources.items())
+    beside = "; ".join(f"ours at {commit} beside {', '.join(sorted(published))}" for commit, published in sorted(sources.items()))
     return "\n".join(lines) + f"\n\nLargest relative difference over all steps: {beside}; torch {report['torch']}, float64, CPU."
 
 
