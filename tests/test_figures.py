@@ -303,7 +303,6 @@ def test_pareto_compares_only_what_can_be_compared(trained: dict[str, Trained]) 
 
 
 def test_grad_cam_is_its_formula(trained: dict[str, Trained]) -> None:
-    pytest.importorskip("captum")
     run = trained["fgsm_rs"]
     found = measure.grad_cam([run], SETTING)
     x, y = SETTING.images([run])
@@ -324,12 +323,6 @@ def test_grad_cam_is_its_formula(trained: dict[str, Trained]) -> None:
     cam = cam / cam.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
     ours = draw.unpacked(found["methods"]["FGSM-RS"]["clean"]).astype(int)
     assert abs(ours - measure._bytes(cam).numpy()).max() <= 1 and ours.max() == 255
-
-
-def test_grad_cam_without_captum_says_what_to_install(trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
-    with pytest.raises(Misuse, match="pip install -r requirements-figures.txt"):
-        measure.grad_cam([trained["fgsm_rs"]], SETTING)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -90,10 +90,7 @@ def grad_cam(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     Shown are the first test images, one a class, that all networks classify right. `cosine` is the mean over all test images
     measured of that between the maps of the clean and of the adversarial image, where neither map is zero everywhere.
     """
-    try:
-        from captum.attr import LayerGradCam
-    except ImportError as error:
-        raise Misuse("figure grad-cam: the package captum is missing; pip install -r requirements-figures.txt") from error
+    from captum.attr import LayerGradCam  # here, because importing it is slow and only this figure needs it
     runs = _first_seeds(runs)
     x, y = setting.images(runs)
     looked = {}
