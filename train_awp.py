@@ -49,20 +49,18 @@ def perturb(model, x, y, eta, eps, alpha, steps, loss):
 def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) -> Iterator[None]:
     """Inner maximisation over the weights: inside, every layer w is w + gamma ||w|| g / ||g||, with g its gradient.
 
-    Only weights of two and more dimensions move. The pass that gives g leaves BatchNorm's averages alone. The weights
+    Only weights of two and more dimensions move, and none along a gradient that is not finite. The pass that gives g leaves BatchNorm's averages alone. The weights
     are put back by subtraction, so that what an optimizer did inside stays. `averaged` is over the processes.
     """
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name]
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
     with untracked(model):
-        gradients = averaged(torch.autograd.grad(loss(), weights, allow_unused=True))
-    moves = [(w, gamma * w.detach().norm() / (g.norm() + 1e-20) * g) for w, g in zip(weights, gradients) if g is not None]
+        gradients = averaged(torch.autograd.grad(loss(), weights))
+    moves = [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
     with torch.no_grad():
-        for w, move in moves:
-            w.add_(move)
+        torch._foreach_add_(weights, moves)
     yield
     with torch.no_grad():
-        for w, move in moves:
-            w.sub_(move)
+        torch._foreach_sub_(weights, moves)
 
 
 def main(cfg: Config) -> None:

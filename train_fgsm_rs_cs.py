@@ -22,7 +22,7 @@ class Config(engine.Config):
     attack_factor: float = engine.flag(0.64, "label factor of the attack's loss (torch's smoothing 0.4)")
     gamma: float = engine.flag(0.03, "how far the loss may stray from the last epoch's mean", at_least=0)
     cs_weight: float = engine.flag(1.0, "weight of the pull")
-    stride: int = engine.flag(1, "epochs at both ends of the run in which nothing pulls")
+    stride: int = engine.flag(1, "epochs at both ends of the run in which nothing pulls", at_least=0)
 
 
 def perturb(model, noisy, target, alpha):
@@ -50,8 +50,8 @@ def main(cfg: Config) -> None:
             strays = (noisy_loss - level).detach()
             loss = loss + cfg.cs_weight * strays.sign() * (strays.abs() > cfg.gamma) * noisy_loss
         run.update(loss, logits=logits)
-        epoch_sum.add_(noisy_loss.detach() * len(noisy_logits))
-        seen.add_(len(noisy_logits))
+        epoch_sum.add_(noisy_loss.detach().nan_to_num(0, 0, 0) * len(noisy_logits))
+        seen.add_(noisy_loss.isfinite() * len(noisy_logits))
 
     for x, y, _ in run.batches():
         if run.batch == 0 and run.epoch > 0:

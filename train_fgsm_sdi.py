@@ -23,7 +23,7 @@ class Config(engine.Config):
     label_factor: float = 0.5  # the published code's; the paper does not mention it
     alpha: float | None = engine.step_size(1)
     k: int = engine.flag(20, "the generator learns on every k-th batch of an epoch, from the first one on", at_least=1)
-    generator_lr: float = engine.flag(1e-3, "learning rate of the generator's Adam, constant")
+    generator_lr: float = engine.flag(1e-3, "learning rate of the generator's Adam, constant", at_least=0)
     generator_input: Literal["both", "image", "gradient"] = engine.flag("both", "what the generator sees (the paper's Table III)")
     generator_layout: Literal["code", "paper"] = engine.flag("code", "the published code's generator, or the paper's Table I")
     clip_image: bool = engine.flag(False, "keep x + delta in [0, 1] for the classifier's step (neither paper nor published code do)")

@@ -19,7 +19,7 @@ class Config(engine.Config):
 
     label_factor: float = 0.64  # torch's smoothing 0.4 at ten classes, the benchmark's
     alpha: float | None = engine.step_size(1)
-    uap_epsilon: float | None = engine.flag(None, "radius and step size of the universal perturbation, in 255ths", times_epsilon=1.25)
+    uap_epsilon: float | None = engine.flag(None, "radius and step size of the universal perturbation, in 255ths", times_epsilon=1.25, at_least=0)
     mu: float = engine.flag(0.3, "decay of the momentum")
     uap_lambda: float = engine.flag(10.0, "weight of the regulariser")
     momentum_of: Literal["both", "attack"] = engine.flag("both", "gradients at x + eta that the momentum gathers: the attack's and the whole loss's, as the "
@@ -51,7 +51,7 @@ def main(cfg: Config) -> None:
         if cfg.momentum_of == "both":
             gradient = gradient + noisy.grad
         gradient = run.gathered(run.share * gradient)
-        momentum.mul_(cfg.mu).add_(gradient.mean(0) / gradient.abs().sum())
+        momentum.mul_(cfg.mu).add_((gradient.mean(0) / gradient.abs().sum()).nan_to_num(0))  # where it is zero or not finite it adds nothing
         universal.copy_(project(universal + radius * momentum.sign(), radius))
 
     for x, y, _ in run.batches():

@@ -38,10 +38,10 @@ def perturb(model, x, y, target, eta, eps, alpha, steps):
 
 
 def instance_weights(kappa, steps, shift, function):
-    """The paper's omega(x, y), scaled to a mean of 1 over the batch; (B,) to (B,)."""
+    """The paper's omega(x, y), scaled to a mean of 1 over the batch; (B,) to (B,). (tanh(a) + 1) / 2 is sigmoid(2a), which stays above zero."""
     half = steps // 2
     argument = shift + 5 * (half - kappa) / half
-    weight = {"tanh": (argument.tanh() + 1) / 2, "sigmoid": argument.sigmoid(), "discrete": (steps + 1 - kappa) / (steps + 1)}[function]
+    weight = {"tanh": (2 * argument).sigmoid(), "sigmoid": argument.sigmoid(), "discrete": (steps + 1 - kappa) / (steps + 1)}[function]
     return weight * len(weight) / weight.sum()
 
 

@@ -34,7 +34,7 @@ class Config(engine.Config):
     METHOD = "las-at"
 
     base: Literal["pgd", "trades", "awp"] = engine.flag("pgd", "what the strategies attack and train: LAS-AT, LAS-TRADES or LAS-AWP")
-    label_factor: float | None = engine.flag(None, "probability kept on the true class (default: published, 0.7 on CIFAR-10); with awp of the reward's copy only")
+    label_factor: float | None = engine.flag(None, "probability kept on the true class (default: published, 0.7 on CIFAR-10); with awp of the reward's copy only, and 1 with trades")
     radii: str | None = engine.flag(None, "radii to choose from, in 255ths at epsilon 8 and in proportion at others: 3-15 or 3,5,8 (default: published)")
     steps: str | None = engine.flag(None, "numbers of steps to choose from (default: published)")
     step_sizes: str | None = engine.flag(None, "step sizes to choose from, like the radii (default: published)")
@@ -44,9 +44,9 @@ class Config(engine.Config):
                                                                "published code, or minus the cross-entropies, as in the paper")
     robust: float | None = engine.flag(None, "weight of the robust reward (default: published, 4 with pgd; 1 with cross-entropies)")
     clean: float | None = engine.flag(None, "weight of the clean reward (default: published, 2 with pgd; 1 with cross-entropies)")
-    strategy_lr: float = engine.flag(1e-4, "learning rate of the strategy network's SGD; with awp it follows the schedule")
-    momentum: float | None = engine.flag(None, "its momentum; with one it has the weight decay 5e-4 too (default: published, 0 with pgd on CIFAR-10)")
-    strategy_width: int | None = engine.flag(None, "width of the strategy network, a ResNet18 (default: 64; digits: a resnet8 of 16)")
+    strategy_lr: float = engine.flag(1e-4, "learning rate of the strategy network's SGD; with awp it follows the schedule", at_least=0)
+    momentum: float | None = engine.flag(None, "its momentum; with one it has the weight decay 5e-4 too (default: published, 0 with pgd on CIFAR-10)", at_least=0)
+    strategy_width: int | None = engine.flag(None, "width of the strategy network, a ResNet18 (default: 64; digits: a resnet8 of 16)", at_least=1)
     gamma: float = engine.flag(0.01, "size of AWP's perturbation of the weights", at_least=0)
 
     def check(self) -> None:
@@ -60,8 +60,11 @@ class Config(engine.Config):
             self.strategy_width = 16 if self.dataset == "digits" else 64
         self.DECAYS = {"pgd": (99 / 110, 104 / 110), "trades": (0.75, 0.9), "awp": (0.5, 0.75)}[self.base]
         super().check()
-        for name in ("radii", "steps", "step_sizes", "betas"):
-            self.options(name)
+        _, steps, *_ = map(self.options, ("radii", "steps", "step_sizes", "betas"))
+        if any(number < 1 or number % 1 for number in steps):
+            raise engine.Misuse(f"--steps {self.steps}: must be whole numbers, from 1 on")
+        if self.base == "trades" and self.label_factor != 1:
+            raise engine.Misuse(f"--label-factor {self.label_factor}: LAS-TRADES has hard labels; leave it out, or choose another --base")
 
     def options(self, name: str) -> list[float]:
         """What there is to choose from; radii and step sizes as fractions of 1, in proportion to --epsilon."""
@@ -107,17 +110,15 @@ def strongest(model, x, y, starts, eps, alpha, rests, whole=lambda moves: moves)
 @contextmanager
 def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) -> Iterator[None]:
     """AWP (train_awp.py): inside, every layer w is w + gamma ||w|| g / ||g||, with g the gradient of loss()."""
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name]
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
     with untracked(model):
-        gradients = averaged(torch.autograd.grad(loss(), weights, allow_unused=True))
-    moves = [(w, gamma * w.detach().norm() / (g.norm() + 1e-20) * g) for w, g in zip(weights, gradients) if g is not None]
+        gradients = averaged(torch.autograd.grad(loss(), weights))
+    moves = [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
     with torch.no_grad():
-        for w, move in moves:
-            w.add_(move)
+        torch._foreach_add_(weights, moves)
     yield
     with torch.no_grad():
-        for w, move in moves:
-            w.sub_(move)
+        torch._foreach_sub_(weights, moves)
 
 
 def descended(model, x, y, delta, beta, cfg, classes, lr, averaged=lambda gradients: gradients):
@@ -128,11 +129,10 @@ def descended(model, x, y, delta, beta, cfg, classes, lr, averaged=lambda gradie
             loss = F.cross_entropy(model(x), y) + (beta * divergence(model(x + delta), model(x))).mean()
         else:
             loss = F.cross_entropy(model(x + delta), soft_labels(y, classes, cfg.label_factor))
-        parameters = list(model.parameters())
+        parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
-            for p, g in zip(parameters, averaged(torch.autograd.grad(loss, parameters, allow_unused=True))):
-                if g is not None:
-                    p.sub_(lr * (g + cfg.weight_decay * p))
+            for p, g in zip(parameters, averaged(torch.autograd.grad(loss, parameters))):
+                p.sub_(lr * (g + cfg.weight_decay * p))
     return model
 
 
@@ -176,8 +176,8 @@ def main(cfg: Config) -> None:
                     logits = run.gathered(trained(x + delta))
                     score = (logits.argmax(1) == labels).float().mean() if cfg.reward == "accuracy" else -F.cross_entropy(logits, labels)
                     found = found + weight * score
-            decays = sum(run.step // cfg.interval >= round(part * run.total) for part in cfg.DECAYS)  # of its own updates, as published
-            strategy_optimizer.param_groups[0]["lr"] = cfg.strategy_lr * (run.lr / cfg.lr if cfg.base == "awp" else 0.1**decays)
+            decays = sum(run.step // cfg.interval >= round(part * run.total) for part in cfg.decays)  # of its own updates, as published
+            strategy_optimizer.param_groups[0]["lr"] = cfg.strategy_lr * (run.lr / (cfg.lr or 1) if cfg.base == "awp" else 0.1**decays)
             run.update(-(log_p * found).mean(), strategy_optimizer, max_norm=1.0)
 
         with torch.no_grad():

@@ -20,7 +20,7 @@ class Config(engine.Config):
     alpha: float | None = engine.step_size(1 / 4)
     steps: int = engine.flag(10, "steps of the attack", at_least=1)
     beta: float = engine.flag(0.0, "weight of TRADES's divergence: the papers' rows are 0 and 6", at_least=0)
-    teacher: str | None = engine.flag(None, "the clean network, a name from models (default: resnet18, and --arch itself for digits)")
+    teacher: str | None = engine.flag(None, "the clean network, a name from models, of the same --width (default: resnet18, and --arch itself for digits)")
 
     def check(self) -> None:
         super().check()

@@ -41,7 +41,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.flatten(1), b.flatten(1)
     zero = (a.detach().norm(dim=1) == 0) | (b.detach().norm(dim=1) == 0)
     a, b = a.masked_fill(zero[:, None], 1), b.masked_fill(zero[:, None], 1)
-    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).masked_fill(zero, torch.nan)
+    a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)  # one by one: of small norms the product underflows
+    return (a * b).sum(1).masked_fill(zero, torch.nan)
 
 
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -150,12 +150,16 @@ class Config:
         """The radius as a fraction of 1."""
         return self.epsilon / 255
 
+    @property
+    def decays(self) -> Sequence[float]:
+        """After which parts of the run multistep divides the rate by 10."""
+        if self.milestones:
+            return [epoch / self.epochs for epoch in numbers("--milestones", self.milestones)]
+        return RECIPES[self.dataset].get("decays", self.DECAYS)
+
     def schedule(self) -> Callable[[int, int, int], Rates]:
         """From (step, steps of the run, steps of an epoch) to rates."""
-        decays = RECIPES[self.dataset].get("decays", self.DECAYS)
-        options: dict[str, dict[str, Any]] = {"multistep": {"decays": decays}, "cyclic": {"top": self.cyclic_top}}
-        if self.milestones:
-            options["multistep"]["decays"] = [epoch / self.epochs for epoch in numbers("--milestones", self.milestones)]
+        options: dict[str, dict[str, Any]] = {"multistep": {"decays": self.decays}, "cyclic": {"top": self.cyclic_top}}
         return partial(SCHEDULES[self.lr_schedule], **options.get(self.lr_schedule, {}))
 
     def check(self) -> None:
@@ -180,9 +184,10 @@ class Config:
             raise Misuse("--decode gpu: only random crops are made there; give --augment crop, or --decode cpu")
         if not 0 < self.cyclic_top < 1:
             raise Misuse(f"--cyclic-top {self.cyclic_top}: must lie between 0 and 1")
-        if "pgd10" not in self.measure.split(","):
+        measured = [name.strip() for name in self.measure.split(",")]
+        if "pgd10" not in measured:
             raise Misuse(f"--measure {self.measure}: must hold pgd10, which picks best.pth")
-        if self.co_guard in ("stop", "rollback") and "fgsm" not in self.measure.split(","):
+        if self.co_guard in ("stop", "rollback") and "fgsm" not in measured:
             raise Misuse(f"--measure {self.measure}: must hold fgsm for --co-guard {self.co_guard}, which compares it with pgd10; or give --co-guard off")
         if self.select_on == "val" and self.val_size == 0:
             raise Misuse("--val-size 0: with --select-on val some training images must be held out; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -89,7 +89,7 @@ def shard(n: int) -> slice:
     return slice(-(-n * r // w), -(-n * (r + 1) // w))  # rounded up: the first process always has something
 
 
-def sum_(tensors: list[Tensor]) -> None:
+def sum_(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if dist.is_initialized():
         for tensor in tensors:

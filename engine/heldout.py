@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine import distributed, evaluate
 from engine.config import Config
 from engine.data import Dataset
+from engine.errors import Misuse
 
 
 class HeldOut:
@@ -17,11 +18,17 @@ class HeldOut:
 
     Args:
         splits: a split's name to its images and labels, as the data set has them; empty ones are left out.
+
+    Raises:
+        Misuse: --measure names what is no column, or one of AutoAttack's.
     """
 
     def __init__(self, cfg: Config, dataset: Dataset, splits: dict[str, tuple[np.ndarray, np.ndarray]], device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self.columns = evaluate.columns_named(cfg.measure)
+        if unfit := [column for column in self.columns if column in evaluate.AUTOATTACK_COLUMNS]:
+            raise Misuse(f"--measure {cfg.measure}: {', '.join(unfit)} would take longer than the epoch; leave it out, and evaluate the "
+                         "checkpoint with test_FGSM_SDI.py")
         self.criterion = f"{cfg.select_on}_pgd10"  # what picks best.pth
         self.batch_size = max(cfg.batch_size, 128)
         self.sizes = {split: len(images) for split, (images, _) in splits.items() if len(images)}  # over all processes

@@ -11,7 +11,7 @@ from engine.errors import Misuse
 
 
 class Memory:
-    """Rows of shape (C, H, W): `memory[index]` reads a copy, `memory[index] = rows` writes; zero at first.
+    """Rows of shape (C, H, W): `memory[index]` reads a copy, `memory[index] = rows` writes; zero at first, and where nan was written.
 
     Args:
         rows: how many.
@@ -49,7 +49,7 @@ class Memory:
         return found.to(torch.get_default_dtype()) / self.scale
 
     def __setitem__(self, index: Tensor, rows: Tensor) -> None:
-        rows = self.gather((rows.detach() * self.scale).to(self.values.dtype))
+        rows = self.gather((rows.detach() * self.scale).to(self.values.dtype).nan_to_num(0))
         index = self.gather(index)
         if self.places is None:
             self.values[index] = rows

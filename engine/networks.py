@@ -32,13 +32,13 @@ def build(cfg: Config, dataset: data.Dataset, device: torch.device, arch: str | 
     Raises:
         Misuse: there is none of that name and size for such images.
     """
-    arch = arch or cfg.arch
+    named, arch = ("the other network" if arch else "--arch"), arch or cfg.arch
     statistics = data.NORMALISATIONS[cfg.dataset] if cfg.normalise == "dataset" else None
     try:
         network = models.build(arch, classes=dataset.classes, channels=dataset.channels, width=cfg.width, normalise=statistics,
                                image_size=dataset.image_size)
     except ValueError as error:
-        raise Misuse(f"--arch {arch}: {error}") from error
+        raise Misuse(f"{named} {arch}: {error}") from error
     return network.to(device, memory_format=torch.channels_last)
 
 

@@ -307,14 +307,13 @@ class Run:
         """Noise N(0, 1) like x (B, ...): a function of (seed, batch of the run, position in the global batch)."""
         return self._noise(x, lambda noise: noise.normal_(generator=self._generator))
 
-    def averaged(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def averaged(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gradients of this process's mean loss, in place turned into those of the global batch's; the same on one process."""
         if distributed.world() > 1:
             share = self.share
-            present = [gradient for gradient in gradients if gradient is not None]
-            for gradient in present:
+            for gradient in gradients:
                 gradient.mul_(share) if share else gradient.zero_()  # the mean over no images is nan
-            distributed.sum_(present)
+            distributed.sum_(gradients)
         return gradients
 
     def random(self, *size: int) -> Tensor:

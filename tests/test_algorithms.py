@@ -1247,6 +1247,18 @@ def test_cosine_is_per_sample_and_nan_at_zero(float64):
         assert not gradient[1:4].any() and gradient[0].any()
 
 
+def test_cosine_of_small_gradients_is_differentiated_as_in_float64():
+    """A sure network's: the product of two such norms is no number of fp32."""
+    a, b = (1e-20 * torch.randn(3, 2, 4, 4) for _ in range(2))
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        one, other = a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+        value = utils.cosine(one, other)
+        found[dtype] = value, *torch.autograd.grad(value.sum(), (one, other))
+    for single, double in zip(found[torch.float32], found[torch.float64]):
+        torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * double.detach().abs().max().item())
+
+
 # ----------------------------------------------------------------------------------------------------------
 # 7. Defaults that follow --epsilon
 # ----------------------------------------------------------------------------------------------------------

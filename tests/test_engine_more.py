@@ -108,6 +108,7 @@ def test_a_method_has_decays_of_its_own_and_milestones_go_before_them(tmp_path):
     assert factors(given, 3) == [1.0] * 21 + [0.1] * 3
     assert factors(plain, 3) == [0.1 ** sum(step >= round(24 * part) for part in (100 / 110, 105 / 110)) for step in range(24)]
     assert set(factors(dataclasses.replace(early, lr_schedule="constant"), 3)) == {1.0}
+    assert [list(cfg.decays) for cfg in (plain, early, given)] == [[100 / 110, 105 / 110], [0.25, 0.5], [7 / 8]]
 
 
 @pytest.mark.parametrize("base, at", [("pgd", [99, 104]), ("trades", [82.5, 99]), ("awp", [55, 82.5])])
@@ -238,7 +239,7 @@ def test_another_classifier_is_like_the_first(tmp_path):
     assert [p.shape for p in twin.network.parameters()] == [p.shape for p in run.network.parameters()]
     assert not torch.equal(next(twin.parameters()), next(run.model.parameters()))
     assert type(other.network) is type(models.build("cnn1", channels=1, image_size=8))
-    with pytest.raises(Misuse, match="--arch resnet9"):
+    with pytest.raises(Misuse, match="the other network resnet9"):
         run.classifier("resnet9")
 
 

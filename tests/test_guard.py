@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import engine
-from engine import evaluate, guard
+from engine import data, evaluate, guard
 from engine.errors import Misuse
 from engine.finite import Finite
 from engine.guard import Reading, overfitted
@@ -401,6 +401,41 @@ def tensors(kept):
     elif isinstance(kept, (dict, list)):
         for item in kept.values() if isinstance(kept, dict) else kept:
             yield from tensors(item)
+
+
+@contextmanager
+def bad_images(epoch, batch):
+    """Inside, all pixels of that batch are nan, and so is everything that is made of them."""
+    epochs = data.Batches.epoch
+
+    def spoilt(batches, number, first, dtype):
+        for i, (x, *rest) in enumerate(epochs(batches, number, first, dtype), first):
+            yield x * float("nan") if (number, i) == (epoch, batch) else x, *rest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Batches, "epoch", spoilt)
+        yield
+
+
+BASES = [("train_awp", "--base", "trades", "--warmup", "0"), *(("train_las_at", "--base", base) for base in ("trades", "awp")),
+         ("train_fgsm_mep", "--align")]
+
+
+def heals(tiny, script, *flags):
+    with bad_images(0, 2):
+        out_dir = tiny.train(script, "--width", 4, "--measure", "fgsm,pgd10", "--on-nonfinite", "skip", *flags)
+    assert [row["skipped_updates"] for row in rows(out_dir)] == [1, 0]
+    for name, kept in state(out_dir)["kept"].items():
+        assert all(torch.isfinite(value).all() for value in tensors(kept)), name
+
+
+def test_after_one_batch_of_nan_every_script_goes_on(train_script, tiny):
+    heals(tiny, train_script, *{"train_free_at": ("--replays", 1)}.get(train_script, ()))  # seven updates may leave out one
+
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script, *flags in BASES], ids=lambda value: "".join(value))
+def test_after_one_batch_of_nan_every_base_goes_on(script, flags, tiny):
+    heals(tiny, script, *flags)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -517,7 +517,7 @@ def las_at(replay, wrong=None):
             starts = [drawn(noise, batch.x) for _ in range(2)]
             r = reward(replay, batch, x_adv, beta, starts, wrong)
             replay.rewards.append(r)
-            falls = {"pgd": (99 / 110, 104 / 110), "trades": (0.75, 0.9), "awp": ()}[cfg.base]
+            falls = [float(epoch) / cfg.epochs for epoch in cfg.milestones.split(",")]
             rate = 0.1 ** sum(number // cfg.interval - 1 >= round(part * replay.total) for part in falls)
             if cfg.base == "awp":
                 rate = replay.rate / cfg.lr
@@ -956,6 +956,14 @@ def test_gairats_weights(function, shift, steps):
     assert float(found.mean()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("steps, shift", [(3, -1.0), (10, -9.0)])
+def test_gairats_weights_of_a_batch_that_withstands_every_step(steps, shift):
+    """All alike, however little each one is before they are scaled."""
+    kappa = torch.full((6,), steps, dtype=torch.float32)
+    for function in ("tanh", "sigmoid", "discrete"):
+        assert train_gairat.instance_weights(kappa, steps, shift, function).tolist() == pytest.approx([1] * 6)
+
+
 def mart_case(loud):
     """Logits of which the true class is the largest, the second and the last; their copies that keep a graph."""
     logits, clean = loud * torch.randn(9, CLASSES), loud * torch.randn(9, CLASSES)
@@ -1004,6 +1012,30 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return self.linear((self.bn(self.convolution(x)) * self.table).tanh().flatten(1))
+
+
+@pytest.mark.parametrize("script", [train_awp, train_las_at])
+def test_awp_leaves_weights_that_are_frozen(script):
+    """As the published wide ResNet's sub_block1, of which nothing is made."""
+    network, (_, x, y) = Odd().train(), some_network()
+    network.unused = nn.Linear(4, 4).requires_grad_(False)
+    before = copy.deepcopy(network.unused.state_dict())
+    with script.perturbed_weights(network, lambda: cross_entropy(network(x), hard(y)), 0.02):
+        assert all(torch.equal(value, before[name]) for name, value in network.unused.state_dict().items())
+    trained = train_las_at.descended(network, x, y, torch.zeros_like(x), None, train_las_at.Config(base="awp", lr=0.1), CLASSES, 0.1)
+    moved = {name.split(".")[0] for name, value in trained.state_dict().items() if not torch.equal(value, network.state_dict()[name])}
+    assert moved == {"convolution", "bn", "linear", "table"}
+
+
+@pytest.mark.parametrize("script", [train_awp, train_las_at])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_awp_moves_nothing_along_a_gradient_that_is_not_finite(script, bad):
+    network, (_, x, _) = Odd().train(), some_network()
+    before = copy.deepcopy(network.state_dict())
+    with script.perturbed_weights(network, lambda: (network.linear(network.table.expand(3, -1, -1, -1).flatten(1)) * bad).sum() + network(x).sum(), 0.02):
+        assert torch.equal(network.linear.weight, before["linear.weight"]) and not torch.equal(network.convolution.weight, before["convolution.weight"])
+    for name in ("linear.weight", "table"):
+        assert torch.equal(network.state_dict()[name], before[name])
 
 
 @pytest.mark.parametrize("script", [train_awp, train_las_at])
