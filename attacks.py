@@ -151,6 +151,9 @@ def auto_attack(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), frozen(model):  # they reseed torch globally, and FAB calls backward()
             runner = AutoAttack(model, eps=eps, seed=seed, device=next(model.parameters()).device)
             runner.attacks_to_run = [attack]
+            with torch.no_grad():
+                others = model(x[:1].to(runner.device)).shape[1] - 1
+            runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(9, others)  # the standard version's nine, where there are so many
             x_adv, predicted = runner.run_standard_evaluation(x.contiguous(), y, batch_size=batch_size)  # it flattens by view
     finally:
         logger.removeHandler(handler)

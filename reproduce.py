@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     missing = [job for job in jobs if not job.is_done()]
     print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done", flush=True)
     if missing:
+        if record.source()["dirty"]:
+            print("warning: this tree differs from its commit; what is measured now is written down, and not shown", flush=True)
         load(table.dataset, args.data_dir)  # once, before all processes want it
         devices = args.devices.split(",") if args.devices else all_devices()
         if said := do_all(missing, args.data_dir, devices, args.time_limit):
@@ -128,7 +130,7 @@ def figure(args: argparse.Namespace) -> None:
 
 
 def site(args: argparse.Namespace) -> None:
-    record.write_text(page(args.results.parent), args.page)
+    record.write_text(page(args.results), args.page)
     print(args.page)
 
 

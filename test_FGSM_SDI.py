@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     """Evaluates, prints, writes; returns what it wrote to evaluation.json. Of torchrun's processes the first one does, and the others return {}."""
-    began = time.perf_counter()
+    began, source = time.perf_counter(), record.source()
     columns = evaluate.columns_named(args.attacks)
     device = distributed.start(chosen_device(args.device), seldom=True)
     leads = distributed.rank() == 0
@@ -80,8 +80,11 @@ def main(args: argparse.Namespace) -> dict:
     model, report = foreign.load(
         path, model=args.model, normalise=args.normalise, which=args.which, device=device,
         images=data.to_images(torch.from_numpy(dataset.pixels(dataset.x_train[:1000]))), labels=torch.from_numpy(dataset.y_train[:1000]))
-    if report["classes"] != dataset.classes:
-        raise Misuse(f"{path} has {report['classes']} classes, {name} has {dataset.classes}: choose another --dataset")
+    for what, ours in (("classes", dataset.classes), ("channels", dataset.channels)):
+        if report[what] != ours:
+            raise Misuse(f"{path} has {report[what]} {what}, {name} has {ours}: choose another --dataset")
+    if dataset.classes < 4 and "aa" in columns:
+        raise Misuse(f"--attacks {args.attacks}: {name} has {dataset.classes} classes, and AutoAttack's targeted attack compares four logits; leave out aa")
     evaluate.check_finite(model, x)
     epsilon = args.epsilon or said.get("epsilon") or 8.0
     if isinstance(epsilon, str) or not 0 < epsilon <= 255:
@@ -121,7 +124,7 @@ def main(args: argparse.Namespace) -> dict:
     seconds["card"] = claim["seconds"]
 
     with evaluate.trustworthy():  # so that what is written is as it was while measuring
-        provenance = record.provenance(device, "fp32")
+        provenance = record.provenance(device, "fp32", source)
     content = {
         "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
         "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,

@@ -1,6 +1,6 @@
 """Images per second of every method's training on this machine, beside the published FGSM-SDI loop and two floors.
 
-    python -m benchmarks.throughput --checkout DIR --data-dir data/ [--only FGSM-SDI,PGD-AT] [--flags "--compile"]
+    python -m benchmarks.throughput --checkout DIR --data-dir data/ [--only FGSM-SDI,PGD-AT] [--flags=--compile]
 
 Each method's script runs as a user runs it, in a process of its own: ResNet18, batch 128, real CIFAR-10 images, bf16 where
 the GPU has it; some batches to warm up, then as many as are timed between two synchronisations. What comes before the first
@@ -179,12 +179,13 @@ def apart(function: Any, *arguments: Any) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     from engine import record
     from engine.device import chosen_device
+    from engine.errors import Misuse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, help="a copy of jiaxiaojunQAQ/FGSM-SDI; without it the published loop is left out")
     parser.add_argument("--data-dir", type=Path, default=Path("data/"), help="where cifar10.npz lies")
     parser.add_argument("--only", help="some of the methods, with commas between them")
-    parser.add_argument("--flags", default="", help="more flags for all scripts, as one word: \"--compile\"")
+    parser.add_argument("--flags", default="", help="more flags for all scripts, as one word: --flags=--compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batches", type=int, default=150)
     parser.add_argument("--warm-up", type=int, default=50)
@@ -192,6 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = chosen_device(args.device)
     wanted = args.only.split(",") if args.only else list(METHODS)
+    if unknown := [label for label in wanted if label not in METHODS]:
+        raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(METHODS)}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peaks for key, peaks in PEAKS.items() if key in name), None)
     shared = ("--dataset", "cifar10", "--data-dir", str(args.data_dir), *shlex.split(args.flags))
@@ -217,4 +220,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from engine.errors import one_sentence
+    with one_sentence():
+        main()

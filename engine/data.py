@@ -154,6 +154,10 @@ def _checked(path: Path, name: str, classes: int | None, **more: Any) -> Dataset
             wrong = y[(y < 0) | (y >= classes)][0]
             raise Misuse(f"{path}: y_{part} holds the label {wrong}, labels of {name} lie in 0..{classes - 1}; {remedy}")
         arrays[f"y_{part}"] = y.astype(np.int64)
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        raise Misuse(f"{path}: images of x_train are {arrays['x_train'].shape[1:]}, of x_test {arrays['x_test'].shape[1:]}; {remedy}")
+    if classes < 2:
+        raise Misuse(f"{path}: all labels are 0, and there must be two classes at least; {remedy}")
     return Dataset(name, classes, **arrays, **more)
 
 

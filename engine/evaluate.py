@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -158,7 +159,10 @@ def _of_first(verdicts: dict[str, Tensor], n: int) -> dict[str, Tensor]:
 
 
 def _fingerprint(model: nn.Module, x: Tensor, y: Tensor, *settings: float) -> str:
-    digest = hashlib.sha256(repr(settings).encode())
+    """Of weights, images, settings, and of the network's form: several of the published ones may have the same weights."""
+    form = [(name, type(layer).__name__, sorted((key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str))))
+            for name, layer in model.named_modules()]
+    digest = hashlib.sha256(repr((settings, form)).encode())
     for tensor in (*model.state_dict().values(), x, y):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -186,7 +190,7 @@ def columns_named(text: str) -> tuple[str, ...]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in COLUMNS and not (name.startswith("pgd") and name[3:].isdigit() and int(name[3:]) > 0):
+        if name not in COLUMNS and not re.fullmatch("pgd[1-9][0-9]{0,5}", name):
             raise Misuse(f"{name!r} is no column of the evaluation: allowed are {', '.join(COLUMNS)}, and pgdN for any N")
     order = [*COLUMNS[:2], *sorted({n for n in names if n.startswith("pgd")}, key=lambda n: int(n[3:])), *COLUMNS[5:]]
     return tuple(name for name in order if name in names)

@@ -38,6 +38,11 @@ class Finite:
         self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()] if self.skips else []
         self._copy = self._flat()
 
+    def remember(self) -> None:
+        """The buffers were restored: as they are now is what they are put back to."""
+        if self._copy is not None:
+            self._copy.copy_(self._flat())
+
     @contextmanager
     def admitting(
         self, loss: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer, *, step: int | Tensor,

@@ -29,7 +29,7 @@ LOOK = 20  # batches between two looks at the training loss, each of which makes
 LOSS_FALL, LOSS_MEMORY = 0.7, 0.1  # a loss below this part of what it was of late is suspicious; how fast "of late" follows
 TEST_IMAGES, TEST_EVERY = 256, 180_000  # images; the second: trained between two tests that nothing suspicious asked for
 ROLLBACKS = 3
-GOOD = "good.pth"
+GOOD, GOOD_BEST = "good.pth", "good-best.pth"  # second names of state.pth and best.pth as they were when the last healthy epoch ended
 
 
 class Reading(NamedTuple):
@@ -117,7 +117,9 @@ class Guard:
             Failure: the run is to stop, and now it can.
         """
         if self.keeps and (run.batch, run.step) == (0, self.good) and distributed.rank() == 0:
-            _link(run.out_dir / "state.pth", run.out_dir / GOOD)
+            for name, kept in (("best.pth", GOOD_BEST), ("state.pth", GOOD)):
+                if (run.out_dir / name).is_file():
+                    _link(run.out_dir / name, run.out_dir / kept)
         if self.failure:
             raise Failure(self.failure)
 
@@ -217,6 +219,8 @@ class Guard:
         if distributed.rank() == 0:
             print(f"warning: {sentence}; rollback {rollbacks} of at most {ROLLBACKS}, to update {self.good}: "
                   f"the images now come with noise of {rollbacks} x epsilon", flush=True)
+        if distributed.rank() == 0 and (run.out_dir / GOOD_BEST).is_file():
+            _link(run.out_dir / GOOD_BEST, run.out_dir / "best.pth")  # a weight average may have become the best one since
         run._saved = saved
         run._restore()
         self.alarms, self.rollbacks = alarms, rollbacks

@@ -16,10 +16,18 @@ class Journal:
     Args:
         measured: whose columns the rows have.
         averages: whether there is a weight average beside the weights.
+
+    Raises:
+        Misuse: --tensorboard, and the package is missing.
     """
 
     def __init__(self, cfg: Config, measured: HeldOut, averages: bool) -> None:
         self.cfg, self.measured, self.last_weights = cfg, measured, "ema" if averages else "raw"
+        if cfg.tensorboard:
+            try:
+                import torch.utils.tensorboard  # noqa: F401 - before the first epoch, not after it
+            except ImportError as error:
+                raise Misuse("--tensorboard: the package is missing; pip install tensorboard") from error
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}  # score, epoch and weights of best.pth
 
@@ -45,10 +53,7 @@ class Journal:
               f"{self.cfg.select_on}: {held_out}  lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s"
               f"{'  (best)' if better else ''}", flush=True)
         if self.cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise Misuse("--tensorboard: the package is missing; pip install tensorboard") from error
+            from torch.utils.tensorboard import SummaryWriter  # which is slow to import
             with SummaryWriter(str(out_dir)) as writer:
                 for name, value in row.items():
                     if isinstance(value, float):

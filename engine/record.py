@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from engine.errors import Misuse
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,6 +45,18 @@ def write_text(text: str, path: Path) -> None:
 def write_json(content: Any, path: Path) -> None:
     """Replaces the file whole, by indented JSON; a number that is not finite becomes null."""
     write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        Misuse: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Misuse(f"{path} is damaged ({error}): delete it, and what it held is done again") from error
 
 
 def write_lines(rows: list[dict[str, Any]], path: Path) -> None:
@@ -76,10 +90,10 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def provenance(device: torch.device, precision: str) -> dict[str, Any]:
-    """Commit, versions and machine of a measurement."""
+def provenance(device: torch.device, precision: str, code: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Commit, versions and machine of a measurement. `code`: what `source` said when the program began; a tree may change while it runs."""
     return {
-        **_commit(),
+        **(code or source()),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
                      "pyautoattack": _version("pyautoattack")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -97,11 +111,23 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _commit() -> dict[str, Any]:
-    """From git, or from SOURCE_COMMIT where the tree was exported without its history.
+def source(before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The code's commit, and whether the tree differs from it: from git, or from SOURCE_COMMIT where the tree was exported without its history.
 
     Files in results/ do not count: what one measurement writes does not change what the next one measures.
+
+    Args:
+        before: what it said of an earlier part of the same measurement, which is dirty where one part is; other commits are listed.
     """
+    found = _tree()
+    if before is not None:
+        found["dirty"] |= before["dirty"]
+        if earlier := [commit for commit in (*before.get("earlier_commits", ()), before["commit"]) if commit != found["commit"]]:
+            found["earlier_commits"] = list(dict.fromkeys(earlier))
+    return found
+
+
+def _tree() -> dict[str, Any]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import signal
 import sys
@@ -21,7 +22,7 @@ from engine.config import Config, numbers
 from engine.device import chosen_device, clock, set_up
 from engine.errors import Failure, Misuse
 from engine.finite import Finite
-from engine.guard import GOOD, Guard
+from engine.guard import GOOD, GOOD_BEST, Guard
 from engine.heldout import HeldOut
 from engine.journal import Journal
 from engine.kept import Kept
@@ -61,12 +62,16 @@ class Run:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
+        self._source = record.source((self._saved or {}).get("source"))
         if distributed.most(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
         set_up(self.device, cfg.deterministic)
 
         self._prepare_data()
+        if self._saved is not None and self._saved.get("data", self._identity) != self._identity:
+            raise Misuse(f"--data-dir {cfg.data_dir}: {self.out_dir}/state.pth was saved with other training images of {cfg.dataset}: give the same, "
+                         "or --resume never to start again, or another --out-dir")
         torch.manual_seed(cfg.seed)
         self._autocast = networks.autocast(cfg, self.device)
         self.network = self._build()
@@ -393,7 +398,7 @@ class Run:
             checkpoints = self._journal.checkpoints()
             record.write_json({
                 "method": self.cfg.METHOD, "dataset": self.cfg.dataset, "arch": self.cfg.arch,
-                "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self.precision),
+                "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self.precision, self._source),
                 "processes": distributed.world(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
                 "images_per_second": self._data.n * self.cfg.epochs / self._seconds["training"], "updates": self.step,
                 "alarms": self._guard.alarms, "rollbacks": self._guard.rollbacks,
@@ -416,6 +421,7 @@ class Run:
             if cfg.skip_damaged:
                 self.dataset = stream.without_damaged(self.dataset, self.device)
         x, y, x_val, y_val = self.dataset.split(cfg.train_size, cfg.val_size)
+        self._identity = {"n": len(y), "labels": hashlib.sha256(y.tobytes()).hexdigest()}  # what a resumed run must find again
         if cfg.select_on == "test":
             x_val, y_val = self.dataset.x_test, self.dataset.y_test
         splits = {cfg.select_on: (x_val, y_val), "train": (x[:cfg.measure_train], y[:cfg.measure_train])}
@@ -512,7 +518,7 @@ class Run:
                 "position": dataclasses.asdict(self._position),
                 "kept": kept, "sums": self._sums, "history": self._journal.rows, "best": self._journal.best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
-                "guard": self._guard.state(), "finite": self._finite.state(),
+                "guard": self._guard.state(), "finite": self._finite.state(), "source": self._source, "data": self._identity,
                 "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
             }
             if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("--snapshots", self.cfg.snapshots):
@@ -526,8 +532,9 @@ class Run:
     def _write_config(self, fresh: bool) -> None:
         """config.json; and what another run left here goes before a new one begins."""
         if distributed.rank() == 0:
-            for name in ("state.pth", "result.json", "log.jsonl", "best.pth", "last.pth", GOOD) if fresh else ():
-                (self.out_dir / name).unlink(missing_ok=True)
+            for name in ("state.pth", "state-*.pth", "result.json", "log.jsonl", "best.pth", "last.pth", GOOD, GOOD_BEST) if fresh else ():
+                for path in self.out_dir.glob(name):
+                    path.unlink()
             record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")
 
     def _restore(self) -> None:
@@ -546,6 +553,7 @@ class Run:
             self._rates.at.fill_(self.step)
         self._guard.load(saved["guard"])
         self._finite.load(saved["finite"])
+        self._finite.remember()
         torch.set_rng_state(saved["rng"])
         if saved["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng_cuda"], self.device)

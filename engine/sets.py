@@ -6,12 +6,14 @@ otherwise the first or the last N images would be of a few classes only.
 """
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +35,27 @@ def make(name: str, path: Path) -> None:
         Misuse: there is nothing to make it from, or that is not the data set.
         Failure: the download did not work, or an image is damaged.
     """
-    arrays = tiny_imagenet(path.parent) if name == "tiny-imagenet" else downloaded(name, path)
-    with record.replacing(path) as file:
-        np.savez(file, **arrays)
+    with _alone(path):
+        if path.is_file():  # another run has made it meanwhile
+            return
+        arrays = tiny_imagenet(path.parent) if name == "tiny-imagenet" else downloaded(name, path)
+        with record.replacing(path) as file:
+            np.savez(file, **arrays)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of several runs that want to make the same file at the same time, one after the other is inside."""
+    if not path.parent.is_dir():
+        yield  # there is nothing yet that could be disturbed, and a folder is made only for what will lie in it
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks cannot
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def shuffled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

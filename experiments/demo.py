@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.config import numbers
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
 from experiments import show
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in wanted if plain(name) not in known]:
         raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(known)}")
     labels = [known[plain(name)] for name in wanted]
-    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else demo.seeds
+    seeds = [int(seed) for seed in numbers("--seeds", args.seeds)] if args.seeds else demo.seeds
     jobs = [job(demo, label, seed, output, results) for seed in seeds for label in labels]
     print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
     failures = do_all(jobs, Path(args.data_dir), [args.device] * args.jobs)

@@ -131,6 +131,14 @@ def small(name: str) -> str:
     return side_by_side.rendered(tables.find(name, SMALL[name]), tables.SCALES["small"], ROOT / "results" / "tables", "markdown", 1.0, only_measured=True)
 
 
+def full() -> str:
+    """What has been measured of all published tables at the scales full and quick, in Markdown."""
+    results = ROOT / "results" / "tables"
+    found = [(table, scale) for scale in ("full", "quick") for several in tables.TABLES.values() for table in several
+             if any(side_by_side.measured(table, row, tables.SCALES[scale], results)[0] for row in table.rows)]
+    return "\n\n".join(side_by_side.rendered(table, tables.SCALES[scale], results, "markdown", 1.0, only_measured=True) for table, scale in found) or NOTHING
+
+
 def cpu() -> str:
     """The CPU step's ratios, in Markdown: a column per machine."""
     reports = [measured("benchmarks", path.name) for path in sorted((ROOT / "results" / "benchmarks").glob("cpu-step*.json"), reverse=True)]
@@ -229,7 +237,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"fidelity": fidelity, "demo-digits-all": lambda: demo("digits", "digits-all"), "demo-cifar-all": lambda: demo("cifar-all")},
     "docs/processes.md": {"equality": processes},
     "docs/guard.md": {"detector": detector.rendered},
-    "docs/tables.md": {f"table-{name}": partial(small, name) for name in SMALL},
+    "docs/tables.md": {f"table-{name}": partial(small, name) for name in SMALL} | {"full": full},
     "docs/performance.md": {"throughput": throughput, "second-derivative": second_derivative, "autoattack": autoattack},
 }
 """What stands between which markers of which page."""

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
 from engine import distributed, record
+from engine.errors import Misuse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,7 @@ class Job:
     suffix: str = ""
 
     def is_done(self) -> bool:
-        return self.result.is_file() and set(self.checkpoints) <= json.loads(self.result.read_text())["evaluations"].keys()
+        return self.result.is_file() and set(self.checkpoints) <= record.read_json(self.result)["evaluations"].keys()
 
     def do(self, data_dir: Path, device: str, deadline: float = math.inf) -> str | None:
         """Does what is missing until the clock (time.monotonic) shows `deadline`; returns why it is not finished, or None."""
@@ -69,7 +69,7 @@ class Job:
 
     def _distinct(self) -> tuple[str, ...]:
         """The checkpoints, without the last one where it is the best one too."""
-        best, last = (json.loads((self.folder / "result.json").read_text())["checkpoints"][name] for name in ("best", "last"))
+        best, last = (record.read_json(self.folder / "result.json")["checkpoints"][name] for name in ("best", "last"))
         same = len(self.checkpoints) == 2 and (best["epoch"], best["weights"]) == (last["epoch"], last["weights"])
         return ("best",) if same else self.checkpoints
 
@@ -100,14 +100,11 @@ class Job:
 
     def _collect(self) -> None:
         """One small JSON of everything that was measured, evaluations of other checkpoints that it held before among them."""
-        def read(path: Path) -> Any:
-            return json.loads(path.read_text())
-
-        found = {name: read(self._evaluated(name) / "evaluation.json") for name in self._distinct()}
-        before = read(self.result)["evaluations"] if self.result.is_file() else {}
+        found = {name: record.read_json(self._evaluated(name) / "evaluation.json") for name in self._distinct()}
+        before = record.read_json(self.result)["evaluations"] if self.result.is_file() else {}
         log = (self.folder / "log.jsonl").read_text().splitlines()
         self.result.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json({"label": self.label, "run": read(self.folder / "result.json"), "log": [json.loads(line) for line in log],
+        record.write_json({"label": self.label, "run": record.read_json(self.folder / "result.json"), "log": [json.loads(line) for line in log],
                            "evaluations": before | {name: found.get(name, found.get("best")) for name in self.checkpoints}}, self.result)
 
 
@@ -125,6 +122,8 @@ def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes:
         device = free.get()
         try:
             return job.do(data_dir, device, deadline)
+        except Misuse as error:  # a damaged file of its own
+            return str(error)
         finally:
             free.put(device)
 

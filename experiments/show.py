@@ -1,11 +1,11 @@
 """Tables and figures, from the JSON files of results/ and from nothing else."""
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from engine import record
 from engine.card import mark
 
 HEADINGS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50", "cw": "C&W", "apgd": "APGD", "aa": "AA"}
@@ -20,7 +20,7 @@ def read(folder: Path) -> Runs:
     """The runs in a folder of results, by method, in the order of `STYLES`; each method's by seed."""
     runs: Runs = {}
     for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
+        run = record.read_json(path)
         runs.setdefault(run["label"], []).append(run)
     known = [label for label in STYLES if label in runs]
     return {label: sorted(runs[label], key=lambda run: run["run"]["seed"]) for label in [*known, *sorted(runs.keys() - set(known))]}

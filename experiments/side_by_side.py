@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine import record
 from engine.card import MARK, mark
 from experiments import tables
 from experiments.show import HEADINGS
@@ -44,20 +44,15 @@ class Line:
     runs: list[dict[str, Any]]
     minutes: Cell
     unreliable: list[str]
+    dropped: int = 0  # runs of a tree that differs from its commit
 
 
-def measured(table: Table, row: Row, scale: Scale, results: Path) -> list[dict[str, Any]]:
-    """The JSON of a row's seeds; those that come from a tree that differs from its commit do not count."""
-    if not row.command:
-        return []
-    found = []
-    for seed in SEEDS:
-        path = table.job(row, seed, scale, Path(), results).result
-        if path.is_file():
-            run = json.loads(path.read_text())
-            if not any(part["dirty"] for part in (run["run"], *run["evaluations"].values())):
-                found.append(run)
-    return found
+def measured(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON of a row's seeds, and how many more there are that come from a tree that differs from its commit: those do not count."""
+    paths = [table.job(row, seed, scale, Path(), results).result for seed in SEEDS] if row.command else []
+    runs = [record.read_json(path) for path in paths if path.is_file()]
+    clean = [run for run in runs if not any(part["dirty"] for part in (run["run"], *run["evaluations"].values()))]
+    return clean, len(runs) - len(clean)
 
 
 def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
@@ -67,7 +62,7 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
     """
     found = []
     for row in table.rows:
-        runs = measured(table, row, scale, results)
+        runs, dropped = measured(table, row, scale, results)
         n = max((run["evaluations"]["best"]["n"] for run in runs), default=0)
         runs = [run for run in runs if run["evaluations"]["best"]["n"] == n]
         for checkpoint in table.checkpoints:
@@ -76,7 +71,7 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
             cells = {column: Cell([e["metrics"][column]["value"] for e in evaluations if column in e["metrics"]], published.get(column)) for column in table.columns}
             minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in runs], published.get("minutes"))
             doubts = sorted({said for e in evaluations for said in why_not(e)})
-            found.append(Line(row, checkpoint, cells, runs, minutes, doubts))
+            found.append(Line(row, checkpoint, cells, runs, minutes, doubts, dropped))
     return found
 
 
@@ -100,7 +95,9 @@ def cell(found: Cell, comparable: bool, tolerance: float) -> str:
 
 def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: float, only_measured: bool = False) -> str:
     """The table as text, Markdown or CSV, with or without rows that have not been measured."""
-    found = [line for line in lines(table, scale, results) if line.runs or not only_measured]
+    every = lines(table, scale, results)
+    found = [line for line in every if line.runs or not only_measured]
+    changed = sum({line.row: line.dropped for line in every}.values())
     if form == "csv":
         return _csv(table, scale, found)
     comparable = not scale.shrunk
@@ -110,6 +107,7 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
     title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
     missing = {row.name for row in table.rows} - {line.row.name for line in found}
     left_out = [f"{len(missing)} of {len(table.rows)} rows have not been measured."] if missing else []
+    left_out += [f"Not shown: {changed} run{'s' if changed > 1 else ''} of a tree that differed from its commit."] if changed else []
     notes = [_legend(comparable, tolerance), *_provenance(found), *left_out, *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
     if form == "markdown":
         rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *body]
@@ -139,8 +137,10 @@ def _provenance(found: list[Line]) -> list[str]:
         return ", ".join(sorted({str(value) for value in values}))
 
     seeds = sorted({len(line.runs) for line in found if line.runs})
+    compiled = sum(run["run"]["config"].get("compile", False) for run in runs)
     return [f"Measured on n = {each(run['evaluations']['best']['n'] for run in runs)} test images; {' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}; "
             f"{each(run['run']['device'] for run in runs)}; {each(run['run']['precision'] for run in runs)}; torch {each(run['run']['versions']['torch'] for run in runs)}; "
+            f"{'' if not compiled else '--compile; ' if compiled == len(runs) else 'some with --compile; '}"
             f"commit {each(run['run']['commit'][:10] for run in runs)}."]
 
 
@@ -163,6 +163,6 @@ def overview(results: Path) -> list[str]:
     said = [f"{'table':<10} {'data set':<14} {'rows':>4} " + " ".join(f"{name:>6}" for name in tables.SCALES) + "  what"]
     for name, several in tables.TABLES.items():
         for table in several:
-            counts = [sum(bool(measured(table, row, scale, results)) for row in table.rows) for scale in tables.SCALES.values()]
+            counts = [sum(bool(measured(table, row, scale, results)[0]) for row in table.rows) for scale in tables.SCALES.values()]
             said.append(f"{name:<10} {table.dataset:<14} {len(table.rows):>4} " + " ".join(f"{count:>6}" for count in counts) + f"  {table.paper}, Table {table.number}: {table.title}")
     return said

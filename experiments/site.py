@@ -18,13 +18,14 @@ COLUMNS = [{"key": key, "title": title} for key, title in TEXTS.items()] + [
 PANELS = {"clean": "Clean accuracy (%)", "fgsm": "FGSM accuracy (%)", "pgd10": "PGD-10 accuracy (%)", "pgd20": "PGD-20 accuracy (%)"}
 
 
-def page(results: Path) -> str:
-    """The page's HTML. `results`: the folder results/, with tables/, demo-*/ and figures/ in it."""
+def page(measured_tables: Path) -> str:
+    """The page's HTML. `measured_tables`: the folder tables/, beside which demo-*/ and figures/ lie."""
+    results = measured_tables.parent
     rows, curves = [], []
     for name, several in tables.TABLES.items():
         for table in several:
             for scale in tables.SCALES.values():
-                found = side_by_side.lines(table, scale, results / "tables")
+                found = side_by_side.lines(table, scale, measured_tables)
                 rows += [row for line in found for row in _rows(name, table.dataset, scale.name, line)]
                 if any(line.runs for line in found):
                     runs = {line.row.name: line.runs[0] for line in found if line.runs}

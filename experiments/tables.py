@@ -54,9 +54,11 @@ class Table:
         command = last_of_each(self.command(row, seed, scale))
         digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
         name = f"{Path(command[0]).stem.removeprefix('train_')}-{self.dataset}-{digest}-seed{seed}"
-        evaluation = ("--dataset", self.dataset, "--epsilon", row.epsilon, *scale.evaluation, *(() if "aa" in self.columns else ("--attacks", ",".join(self.columns))))
+        evaluation, kind = ("--dataset", self.dataset, "--epsilon", row.epsilon, *scale.evaluation), ""
+        if "aa" not in self.columns:  # an evaluation of its own, that a table with all columns does not take for a whole one
+            evaluation, kind = (*evaluation, "--attacks", ",".join(self.columns)), "-" + "-".join(self.columns)
         return Job(row.name, seed, command, evaluation, self.checkpoints, output / ("small" if scale.shrunk else "full") / name,
-                   results / scale.name / f"{name}.json", "-quick" if scale.name == "quick" else "")
+                   results / scale.name / f"{name}{kind}.json", ("-quick" if scale.name == "quick" else "") + kind)
 
     def published(self, row: Row, checkpoint: str) -> dict[str, float]:
         """The row's published accuracies in percent, and minutes, of those that the paper gives."""
@@ -81,8 +83,10 @@ class Scale:
             return ()
         wide = {"wideresnet34-10": "1", "wideresnet70-16": "1", "wideresnet34-20": "1", "resnet50": "8"}
         arch = dict(zip(table.recipe, table.recipe[1:])).get("--arch", "resnet18")
+        own = dict(zip(row.command, row.command[1:]))
+        falls = [f"{10 * float(epoch) / float(own['--epochs']):g}" for epoch in own["--milestones"].split(",")] if "--milestones" in own else ()
         return ("--width", wide.get(arch, "8"), "--train-size", "4000", "--epochs", "10", "--batch-size", "64", "--select-on", "val", "--val-size", "200",
-                "--measure-train", "200", "--snapshots", "1,4,7,10")
+                "--measure-train", "200", "--snapshots", "1,4,7,10", *(("--milestones", ",".join(falls)) if falls else ()))
 
 
 SCALES = {scale.name: scale for scale in (
@@ -126,7 +130,7 @@ HARD_LABELS = Row("FGSM-SDI", "label factor 1", (*FGSM_SDI.command, "--label-fac
 NUAT, GAT = Row("NuAT", "", ("train_nuat.py",)), Row("GAT", "", ("train_gat.py",))
 BP, EP, MEP = (Row(f"FGSM-{name.upper()}", "", (f"train_fgsm_{name}.py",)) for name in ("bp", "ep", "mep"))
 SIX = (PGD_AT, FGSM_RS, CKPT, GA, FREE, FGSM_SDI)
-TRADES, MART, FAT = Row("TRADES", "", ("train_trades.py",)), Row("MART", "", ("train_mart.py",)), Row("FAT", "", ("train_fat.py",))
+TRADES, FAT = Row("TRADES", "", ("train_trades.py",)), Row("FAT", "", ("train_fat.py",))
 GAIRAT, AWP, LBGAT = Row("GAIRAT", "", ("train_gairat.py",)), Row("AWP", "", ("train_awp.py",)), Row("LBGAT", "", ("train_lbgat.py", "--beta", "6"))
 LAS_AT = Row("LAS-AT", "", ("train_las_at.py",))
 LAS_TRADES = Row("LAS-TRADES", "", ("train_las_at.py", "--base", "trades", "--epochs", "100"))
@@ -147,18 +151,23 @@ def benchmark(dataset: str, classes: int) -> Table:
     """A data set's table of the FastAT Benchmark."""
     factor = ("--label-factor", smoothed(classes))
     liet = ("--label-factor", "0.2", "--liet-lambda", "200") if dataset == "cifar100" else ()
+    twice = () if classes == 10 else ("--label-factor", f"{0.36 + 0.4 / classes:g}", "--attack-factor", smoothed(classes))  # the script's own: of ten classes
+    pgd_at = ("train_pgd_at.py", "--attack-bn", "eval", *factor)  # by torchattacks, which puts the network into evaluation mode
     offered = {
         "FGSM-AT": ("train_fgsm_rs.py", "--init", "zero", *factor), "FGSM-RS": ("train_fgsm_rs.py", *factor), "N-FGSM": ("train_n_fgsm.py", *factor),
         "FREE-AT": ("train_free_at.py", "--replays", "4", "--epochs", "50", *factor), "GRAD-ALIGN": ("train_fgsm_ga.py", "--ga-lambda", "0.2", *factor),
         "NU-AT": ("train_nuat.py", "--nuclear", "4", *factor), "GAT": ("train_gat.py", *factor), "FGSM-PGI": ("train_fgsm_mep.py", "--reset", "40", *factor),
-        "FGSM-UAP": ("train_fgsm_uap.py", *factor), "FGSM-RS-CS": ("train_fgsm_rs_cs.py",), "LIET": ("train_liet.py", *liet),
-        "PGD-AT": ("train_pgd_at.py", "--ema", "0", *factor), "PGD-AT-WA": ("train_pgd_at.py", *factor),
+        "FGSM-UAP": ("train_fgsm_uap.py", *factor), "FGSM-RS-CS": ("train_fgsm_rs_cs.py", *twice), "LIET": ("train_liet.py", *liet),
+        "PGD-AT": (*pgd_at, "--ema", "0"), "PGD-AT-WA": pgd_at,
     }
     absent = ("FGSM-CUAP", "FGSM-FUAP", "FGSM-PCO", "FGSM-MEP-CS", "N-AAER", "ZERO-GRAD", "ELLE", "SSAT")
     rows = [Row(name, "", command) for name, command in offered.items()] + [Row(name) for name in absent if dataset != "tiny-imagenet" or name != "N-AAER"]
-    return Table("FastAT", "main", dataset, f"the FastAT Benchmark's recipe, {dataset}", BENCHMARK,
+    return Table("FastAT", "main", dataset, f"the FastAT Benchmark's recipe, {dataset}", (*BENCHMARK, *(("--val-size", "2000") if dataset == "tiny-imagenet" else ())),
                  (*rows, Row("FGSM-SDI", "", (*FGSM_SDI.command, *factor))), ("best",), ("clean", "pgd10", "pgd20", "pgd50", "aa"),
-                 ("Published: means of 3 seeds.", "FGSM-SDI is not in the benchmark: it is here under the same recipe."))
+                 ("Published: means of 3 seeds.", "FGSM-SDI is not in the benchmark: it is here under the same recipe.",
+                  "Free-AT: the benchmark's rate only rises (a cycle of 200 epochs, of which 50 are trained), and every batch begins at zero; here the cycle is whole, "
+                  "and the perturbation is carried from batch to batch.",
+                  "PGD-AT: the benchmark's attack has hard labels, ours those of the loss."))
 
 
 CHOSEN = ("The paper does not give the label factor; its code has 0.5, which is what these rows have (--label-factor 1 is the other reading).",)
@@ -202,8 +211,10 @@ TABLES: dict[str, tuple[Table, ...]] = {
                         Row("AWP", f"train steps={n} train eps={e}", ("train_awp.py", "--steps", n, "--epochs", "200", "--milestones", "100,150"))
                         for n, e in (("10", "8"), ("10", "15"), ("15", "8"))), LAS_AWP), ("best",),
                      ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), ("A radius in training that differs from the evaluation's is not offered.",)),),
-    "LAS-2": (Table("LAS-AT", "2", "cifar10", "WideResNet-34-10", WIDE, (PGD_AT, TRADES, MART, FAT, GAIRAT, AWP, LBGAT, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
-                    ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), ("The baselines' recipes are not given: they have this repository's common one.",)),),
+    "LAS-2": (Table("LAS-AT", "2", "cifar10", "WideResNet-34-10", WIDE, (
+                        PGD_AT, TRADES, Row("MART", "", ("train_mart.py", "--beta", "6")), FAT, GAIRAT, AWP, Row("LBGAT", "", ("train_lbgat.py", "--beta", "0")),
+                        LAS_AT, LAS_TRADES, LAS_AWP), ("best",), ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"),
+                    ("The baselines' recipes are not given: they have this repository's common one, and the loss's weights that their own papers have on this network.",)),),
     "LAS-3": (Table("LAS-AT", "3", "cifar100", "WideResNet-34-10", WIDE, (PGD_AT, TRADES, Row("SAT"), AWP, LBGAT, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
                     ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), ("The baselines' recipes are not given: they have this repository's common one.",)),),
     "LAS-4": (Table("LAS-AT", "4", "tiny-imagenet", "PreActResNet18", TINY, (PGD_AT, TRADES, AWP, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
@@ -212,9 +223,9 @@ TABLES: dict[str, tuple[Table, ...]] = {
                     ("Misprint or rerun: AA 57.86 here, 57.61 in its RobustBench submission.",)),
               Table("LAS-AT", "5", "cifar100", "WideResNet-34-20", (*ON_TEST, "--arch", "wideresnet34-20"), (LBGAT, LAS_AWP), ("best",), ("clean", "aa"))),
     "LAS-6": (Table("LAS-AT", "6", "cifar10", "LAS-AT: the terms of the reward", STEP,
-                    tuple(Row("LAS-AT", name, ("train_las_at.py", *weights)) for name, weights in (
+                    tuple(Row("LAS-AT", name, ("train_las_at.py", "--interval", "40", *weights)) for name, weights in (
                         ("L1", ("--robust", "0", "--clean", "0")), ("L1+L2", ("--clean", "0")), ("L1+L3", ("--robust", "0")), ("L1+L2+L3", ()))),
-                    ("best",), ("clean", "pgd10", "aa")),),
+                    ("best",), ("clean", "pgd10", "aa"), ("The whole row is Table 1's of k=40, which is why all have that interval.",)),),
     "LAS-7": (Table("LAS-AT", "7", "cifar10", "WideResNet-34-10, Madry's setting", WIDE, (Row("Madry-AT"), Row("CAT"), Row("DART"), FAT, Row("LAS-Madry-AT")), ("best",),
                     ("clean", "fgsm", "pgd20", "cw"), ("Madry's setting, and the other methods of this table, are not offered here.",)),),
     "LAS-GTSRB": (Table("LAS-AT", "GTSRB", "gtsrb", "GTSRB", STEP, (Row("Standard", "", ("train_standard.py",)), PGD_AT, TRADES, AWP, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),

@@ -23,6 +23,7 @@ import train_fgsm_rs
 import train_fgsm_sdi
 import train_pgd_at
 import utils
+from engine import networks
 from engine.schedule import SCHEDULES
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -1257,6 +1258,49 @@ def test_cosine_of_small_gradients_is_differentiated_as_in_float64():
         found[dtype] = value, *torch.autograd.grad(value.sum(), (one, other))
     for single, double in zip(found[torch.float32], found[torch.float64]):
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * double.detach().abs().max().item())
+
+
+@pytest.mark.parametrize("flag, value, channels", [("generator_input", "image", 1), ("generator_input", "gradient", 1), ("generator_input", "both", 2)])
+def test_fgsm_sdis_generator_is_the_one_asked_for(flag, value, channels, tmp_path):
+    """Of the digits, with their one channel."""
+    generator, _ = sdi_run(tmp_path, **{flag: value})
+    assert next(value for value in generator.values() if value.ndim == 4).shape[1] == channels
+
+
+def test_fgsm_sdis_generator_layouts_differ(tmp_path):
+    code, paper = (sdi_run(tmp_path / layout, generator_layout=layout)[0].keys() for layout in ("code", "paper"))
+    assert code != paper
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_fgsm_sdi_clips_the_classifiers_images_where_asked(clips, tmp_path):
+    _, trained_on = sdi_run(tmp_path, clip_image=clips, epsilon=128)
+    assert any(low < 0 or high > 1 for low, high in trained_on) == (not clips)
+
+
+def sdi_run(out_dir, **flags):
+    """The generator's state after a short run on the digits, and the range of every batch that the classifier learnt on."""
+    seen = []
+    cfg = train_fgsm_sdi.Config(dataset="digits", train_size=48, val_size=8, batch_size=16, epochs=1, width=2, measure="pgd10", device="cpu",
+                                out_dir=str(out_dir), k=1, **flags)
+    update = engine.Run.update
+
+    def watched(run, loss, optimizer=None, **more):
+        if optimizer is None:
+            seen.append(passed[-1])
+        update(run, loss, optimizer, **more)
+
+    passed, forward = [], networks.Classifier.forward
+
+    def watched_forward(self, x):
+        passed.append((x.detach().min().item(), x.detach().max().item()))
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Run, "update", watched)
+        patch.setattr(networks.Classifier, "forward", watched_forward)
+        train_fgsm_sdi.main(cfg)
+    return torch.load(out_dir / "state.pth", weights_only=True)["kept"]["generator"], seen
 
 
 # ----------------------------------------------------------------------------------------------------------

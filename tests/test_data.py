@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import typing
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,64 @@ def test_tiny_imagenet_trains_and_is_evaluated(tmp_path, tiny):
     content = json.loads((tmp_path / "o" / "best-evaluation" / "evaluation.json").read_text())
     assert content["n"] == 12 and content["dataset"] == content["checkpoint"]["normalise"] == "tiny-imagenet"
     assert "permutation" in content["test_order"]
+
+
+def small_cifar(folder: Path, n: int = 40) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "cifar10.npz", x_train=x, y_train=np.arange(n) % 10, x_test=x[:10], y_test=np.arange(10))
+
+
+@pytest.mark.parametrize("augment, padding, expected", [("crop", "zero", (4, True)), ("crop", "reflect", (4, True)), ("none", "zero", (0, False))])
+def test_a_run_augments_as_it_is_told(augment, padding, expected, tmp_path):
+    small_cifar(tmp_path)
+    cfg = engine.Config(dataset="cifar10", data_dir=str(tmp_path), out_dir=str(tmp_path / "run"), val_size=8, width=2, device="cpu", augment=augment, padding=padding)
+    batches = engine.Run(cfg)._data
+    assert (batches.pad, batches.flip) == expected
+    border = batches.x[:, 0].any() if augment == "crop" else None
+    assert border is None or bool(border) == (padding == "reflect")
+
+
+def test_the_streams_of_random_numbers_never_meet():
+    generator, seeds = torch.Generator(), []
+    for step in range(50):
+        data.noise_generator(generator, 0, step)
+        seeds += [generator.initial_seed(), data.evaluation_generator(0, step).initial_seed(),
+                  data.seeded(0, data.DATA, step).initial_seed(), data.seeded(0, data.CROP, step).initial_seed()]
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(x_test=np.zeros((10, 28, 28, 3), np.uint8)), r"x_train are \(32, 32, 3\), of x_test \(28, 28, 3\)"),
+])
+def test_sizes_that_differ_are_refused(change, words, tmp_path):
+    small_cifar(tmp_path)
+    with np.load(tmp_path / "cifar10.npz") as file:
+        arrays = dict(file) | change
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(Misuse, match=words):
+        data.load("cifar10", tmp_path)
+
+
+def test_one_class_is_refused(tmp_path):
+    x = np.zeros((6, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "tiny-imagenet.npz", x_train=x, y_train=np.zeros(6, int), x_test=x, y_test=np.zeros(6, int))
+    with pytest.raises(Misuse, match="two classes at least"):
+        data.load("tiny-imagenet", tmp_path)
+
+
+def test_runs_that_begin_together_make_a_set_once(tmp_path, monkeypatch):
+    """The second one waits, and then finds it made."""
+    made = []
+
+    def slow(name, path):
+        made.append(name)
+        time.sleep(0.3)
+        return dict(x_train=np.zeros((10, 32, 32, 3), np.uint8), y_train=np.arange(10), x_test=np.zeros((10, 32, 32, 3), np.uint8), y_test=np.arange(10))
+
+    monkeypatch.setattr(data.sets, "downloaded", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert len({len(found.x_train) for found in pool.map(lambda _: data.load("cifar10", tmp_path), range(4))}) == 1
+    assert made == ["cifar10"]
 
 
 def test_classes_are_counted_in_an_npz_file_too(tmp_path):

@@ -49,6 +49,21 @@ def test_what_the_results_given_hold_is_not_done(here, capsys):
     assert "training done" not in said and "PGD-AT" in said and not (here / "output").exists()
 
 
+@pytest.mark.parametrize("seeds", ["0,", "a", "-1"])
+def test_seeds_that_are_none(seeds, here):
+    with pytest.raises(Misuse, match="--seeds"):
+        demo.main(["digits", "--seeds", seeds])
+
+
+def test_a_damaged_result_does_not_stop_the_others(here, capsys):
+    folder = here / "output" / "demo-digits"
+    folder.mkdir(parents=True)
+    (folder / "fgsm-at-seed0.json").write_text("{")
+    with pytest.raises(Misuse, match="fgsm-at-seed0.json is damaged"):
+        demo.main(["digits", "--jobs", "1"])
+    assert (folder / "standard-seed0.json").is_file()
+
+
 def test_an_unknown_method(here):
     with pytest.raises(Misuse, match="fgsm-xt is not one of fgsm-at, standard"):
         demo.main(["digits", "--only", "fgsm-xt"])

@@ -478,20 +478,20 @@ def no_git_variables(monkeypatch):
 
 def test_a_result_says_its_commit_and_whether_the_tree_was_dirty(no_git_variables, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "ROOT", tmp_path.resolve())
-    assert record._commit() == {"commit": None, "dirty": True}, "neither git nor SOURCE_COMMIT"
+    assert record.source() == {"commit": None, "dirty": True}, "neither git nor SOURCE_COMMIT"
     (tmp_path / "file").write_text("a")
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert record._commit() == {"commit": head, "dirty": False}
+    assert record.source() == {"commit": head, "dirty": False}
     (tmp_path / "file").write_text("b")
-    assert record._commit() == {"commit": head, "dirty": True}
+    assert record.source() == {"commit": head, "dirty": True}
     git(tmp_path, "checkout", "file")
     (tmp_path / "new.py").write_text("")
-    assert record._commit() == {"commit": head, "dirty": True}, "a file that git does not know"
+    assert record.source() == {"commit": head, "dirty": True}, "a file that git does not know"
     monkeypatch.setenv("SOURCE_COMMIT", "abc")
-    assert record._commit()["commit"] == head, "git knows better than the environment"
+    assert record.source()["commit"] == head, "git knows better than the environment"
 
 
 @pytest.mark.parametrize("value, expected", [
@@ -504,7 +504,7 @@ def test_an_exported_tree_says_its_commit_by_the_environment(value, expected, no
     monkeypatch.setattr(record, "ROOT", (tmp_path / "export").resolve())
     if value is not None:
         monkeypatch.setenv("SOURCE_COMMIT", value)
-    assert {key: value or None if key == "commit" else value for key, value in record._commit().items()} == expected
+    assert {key: value or None if key == "commit" else value for key, value in record.source().items()} == expected
 
 
 @pytest.mark.parametrize("k, n, low, high", [  # Wilson 1927, as published calculators give it

@@ -146,6 +146,29 @@ def test_cyclic_top_has_bounds_and_a_default(tmp_path):
     assert factors(configuration(tmp_path, lr_schedule="constant", cyclic_top=0.2), 3) == [1.0] * 6
 
 
+def test_the_momentum_cycles_unless_told_otherwise(tmp_path):
+    for cycles, expected in ((True, 0.8), (False, 0.9)):
+        run = engine.Run(configuration(tmp_path / str(cycles), lr_schedule="cyclic", cycle_momentum=cycles))
+        assert run._rates_of(run.total // 2)[1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("flag, seconds, wanted", [("time_limit", 59, 0), ("time_limit", 61, 2), ("save_every", 59, 0), ("save_every", 61, 1)])
+def test_limits_are_minutes(flag, seconds, wanted, tmp_path):
+    run = engine.Run(configuration(tmp_path, **{flag: 1}))
+    run._began -= seconds if flag == "time_limit" else 0
+    batches = run.batches()
+    next(batches)
+    run._last_save -= seconds if flag == "save_every" else 0
+    assert run._wanted() == wanted
+    batches.close()
+
+
+def test_deterministic_kernels_are_asked_for(tmp_path):
+    for wanted in (False, True):
+        engine.Run(configuration(tmp_path / str(wanted), deterministic=wanted))
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+
+
 # ---- what a script reads -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lr_schedule", sorted(SCHEDULES))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import engine
+import models
 from engine import checkpoint
 from engine.errors import Failure, one_sentence
 
@@ -79,6 +80,28 @@ def test_evaluation_misuse(flags, words, digits_run, tiny):
 
 def test_a_checkpoint_that_is_not_there(tiny):
     refused(tiny.command("test_FGSM_SDI", "--model-path", tiny.directory / "no.pth"), 2, "no.pth")
+
+
+def test_a_checkpoint_of_other_channels(digits_run, tiny):
+    x = np.zeros((20, 32, 32, 3), np.uint8)
+    np.savez(tiny.directory / "cifar10.npz", x_train=x, y_train=np.arange(20) % 10, x_test=x, y_test=np.arange(20) % 10)
+    refused(tiny.command("test_FGSM_SDI", "--model-path", digits_run / "best.pth", "--dataset", "cifar10", "--data-dir", tiny.directory), 2,
+            "1 channels", "cifar10 has 3", "--dataset")
+
+
+def test_autoattack_of_three_classes_is_refused(tiny):
+    x = np.zeros((20, 64, 64, 3), np.uint8)
+    np.savez(tiny.directory / "tiny-imagenet.npz", x_train=x, y_train=np.arange(20) % 3, x_test=x, y_test=np.arange(20) % 3)
+    network = models.build("preactresnet18", classes=3, width=2, image_size=64)
+    torch.save({"state_dict": network.state_dict(), "arch": "preactresnet18", "width": 2, "dataset": "tiny-imagenet"}, tiny.directory / "three.pth")
+    refused(tiny.command("test_FGSM_SDI", "--model-path", tiny.directory / "three.pth", "--data-dir", tiny.directory), 2, "3 classes", "leave out aa")
+
+
+def test_a_missing_tensorboard_is_said_before_training(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = tiny.command("train_fgsm_rs", *tiny.flags, "--tensorboard", "--out-dir", tiny.directory / "run")
+    refused(result, 2, "--tensorboard", "pip install tensorboard")
+    assert "epoch" not in result.out
 
 
 def test_a_checkpoint_of_another_number_of_classes(digits_run, tiny):

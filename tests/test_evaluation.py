@@ -155,7 +155,7 @@ def test_columns_by_name(text, expected):
     assert evaluate.columns_named(text) == expected
 
 
-@pytest.mark.parametrize("text", ["pgd", "pgd0", "pgd-1", "PGD10", "autoattack", "clean,foo"])
+@pytest.mark.parametrize("text", ["pgd", "pgd0", "pgd-1", "pgd010", "pgd²", "PGD10", "autoattack", "clean,foo"])
 def test_unknown_columns_are_refused(text):
     with pytest.raises(Misuse, match="is no column of the evaluation: allowed are clean"):
         evaluate.columns_named(text)
@@ -181,6 +181,30 @@ def attack(model, n: int, path: Path, columns=("apgd", "aa"), log=lambda line: N
 
 class Interrupted(Exception):
     pass
+
+
+def test_verdicts_of_a_network_of_another_form_are_not_taken_over(tmp_path):
+    """preactresnet18a and c have the same weights, and differ in what their shortcuts are fed with."""
+    torch.manual_seed(0)
+    one, other = (models.build(f"preactresnet18{form}", channels=1, width=2).eval() for form in "ac")
+    other.load_state_dict(one.state_dict())
+    x, y = images(4)
+    names = [evaluate._fingerprint(network, x, y, 0.1, 0, 2) for network in (one, other)]
+    assert names[0] != names[1]
+    other.load_state_dict(one.state_dict())
+    assert names == [evaluate._fingerprint(network, x, y, 0.1, 0, 2) for network in (one, other)]
+
+
+@pytest.mark.parametrize("classes", [4, 3])
+def test_autoattack_on_few_classes(classes):
+    """It has nine target classes where there are so many; its targeted attack compares four logits."""
+    torch.manual_seed(0)
+    network = models.build("resnet8", channels=1, width=4, classes=classes).eval()
+    x = torch.rand(6, 1, 8, 8)
+    y = attacks.predict(network, x)
+    for name in attacks.AUTOATTACK if classes == 4 else ("apgd-ce", "fab-t", "square"):
+        x_adv, standing = attacks.auto_attack(network, x, y, attack=name, eps=0.01, seed=0, batch_size=4)
+        assert torch.equal(attacks.predict(network, x_adv) == y, standing) and (x_adv - x).abs().max() <= 0.01 + 1e-6
 
 
 def test_autoattack_is_the_packages(model, tmp_path, monkeypatch):

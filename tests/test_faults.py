@@ -186,7 +186,7 @@ class Lives:
             update(run, *arguments, **named)
             shared[1] = run._position.step
 
-        patch.setattr(record, "_commit", lambda: {"commit": None, "dirty": True})
+        patch.setattr(record, "source", lambda *_: {"commit": None, "dirty": True})
         patch.setattr(engine.Run, "update", counted)
         for module, name, phase in ((evaluate, "verdicts", "evaluation"), (evaluate, "auto_attack", "evaluation"),
                                     (checkpoint, "save", "saving"), (record, "write_text", "saving")):

@@ -316,6 +316,37 @@ def test_after_stop_a_rollback_is_possible(tiny):
     assert [(alarm["epoch"], alarm["action"]) for alarm in result(out_dir)["alarms"]] == [(2, "stop"), (3, "rollback")]
 
 
+def test_a_rollback_puts_back_best_too(tiny, monkeypatch):
+    """What became the best after the last healthy epoch, a weight average perhaps, is not what result.json will say."""
+    out_dir, found = tiny.directory / "run", []
+    flags = (*tiny.flags, *COMMAND[1:], "--out-dir", out_dir, "--co-guard")
+    roll_back = guard.Guard._roll_back
+
+    def watched(self, run, sentence):
+        roll_back(self, run, sentence)
+        found.append((state(out_dir, "best")["epoch"], run._journal.best["epoch"]))
+
+    monkeypatch.setattr(guard.Guard, "_roll_back", watched)
+    with collapsing(lambda seen, run: len(seen) >= 2):
+        assert tiny.command(COMMAND[0], *flags, "stop").status == 1
+        torch.save(state(out_dir, "best") | {"epoch": 2}, out_dir / "collapsed.pth")
+        os.replace(out_dir / "collapsed.pth", out_dir / "best.pth")
+        assert tiny.command(COMMAND[0], *flags, "rollback").status == 0
+    assert found == [(1, 1)]
+    assert state(out_dir, "best")["epoch"] == result(out_dir)["checkpoints"]["best"]["epoch"]
+
+
+def test_a_test_is_of_so_many_images_and_so_often(tiny, monkeypatch):
+    """Few of the held-out images, and after every so many training images although nothing is suspicious."""
+    for name, value in {"LOOK": 1, "TEST_IMAGES": 16, "TEST_EVERY": 64, "LOSS_FALL": 0.0}.items():
+        monkeypatch.setattr(guard, name, value)
+    seen, test = [], guard.Guard._test
+    monkeypatch.setattr(guard.Guard, "_test", lambda self, run: seen.append((run.step, test(self, run))) or seen[-1][1])
+    tiny.train("train_fgsm_rs", "--width", 4)
+    assert [step for step, _ in seen] == [2, 4, 6, 9, 11, 13], "200 images in batches of 32, two epochs"
+    assert {reading.n for _, reading in seen} == {16}
+
+
 def test_stop_needs_fgsm_and_warn_does_without():
     flags = dict(dataset="digits", measure="clean,pgd10")
     for mode in ("stop", "rollback"):
@@ -449,6 +480,18 @@ def test_a_first_update_that_is_skipped_leaves_no_momentum(waits, tmp_path, monk
     run.update(torch.nn.functional.cross_entropy(run.model(x), y) * float("nan"))
     buffers = [state["momentum_buffer"] for state in run.optimizer.state.values()]
     assert buffers and all((buffer == 0).all() for buffer in buffers)
+
+
+def test_after_a_rollback_a_skipped_update_puts_back_what_was_restored(tmp_path):
+    """Not BatchNorm's averages of the network that had collapsed."""
+    buffers = [torch.tensor([1.0, 2.0])]
+    finite = Finite(True, 100, torch.device("cpu"), deferred=True, last_save=tmp_path / "state.pth")
+    finite.watch(buffers)
+    buffers[0].fill_(7)  # as a restored state is: in place
+    finite.remember()
+    buffers[0].fill_(float("nan"))
+    finite.repair(torch.tensor(False))
+    assert buffers[0].tolist() == [7, 7]
 
 
 def test_both_ways_of_noticing_skip_alike(tiny, differences):

@@ -75,6 +75,31 @@ def test_published_columns_are_not_lost():
                 assert set(table.published(row, checkpoint)) - {"minutes"} <= set(table.columns), f"{name}: {row.name}"
 
 
+def test_a_rows_own_settings():
+    """Where a table's row is not what its script does by itself: (table, data set, row) to flags."""
+    def config(name, dataset, method, variant="", scale="full"):
+        table = tables.find(name, dataset)
+        script, *flags = table.command(next(row for row in table.rows if (row.method, row.variant) == (method, variant)), 0, SCALES[scale])
+        return importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags)
+
+    assert [config(*where, "LBGAT").beta for where in (("LAS-2", None), ("LAS-3", None), ("LAS-5", "cifar100"))] == [0, 6, 6]
+    assert config("LAS-2", None, "MART").beta == 6
+    whole, without = (config("LAS-6", None, "LAS-AT", variant) for variant in ("L1+L2+L3", "L1"))
+    assert (whole.interval, whole.robust, whole.clean, without.robust, without.clean) == (40, 4, 2, 0, 0)
+    twice = [(cfg.label_factor, cfg.attack_factor) for cfg in (config("FastAT", name, "FGSM-RS-CS") for name in ("cifar10", "cifar100", "tiny-imagenet"))]
+    assert twice == [pytest.approx((0.6 * 0.6 + 0.4 / classes, 0.6 + 0.4 / classes)) for classes in (10, 100, 200)], "smoothed twice, and once"
+    assert [config("FastAT", name, "N-FGSM").val_size for name in ("cifar10", "cifar100", "tiny-imagenet")] == [1000, 1000, 2000]
+    assert [(config("FastAT", None, method).attack_bn, config("FastAT", None, method).ema) for method in ("PGD-AT", "PGD-AT-WA")] == [("eval", 0), ("eval", 0.9995)]
+    awp = config("LAS-1b", None, "AWP", "train steps=10 train eps=8", "small")
+    assert (awp.epochs, list(awp.decays)) == (10, [0.5, 0.75])
+
+
+def test_an_evaluation_of_fewer_columns_is_no_whole_one():
+    """LAS-AT's first table needs PGD-10 alone of the run that Table V needs AutoAttack of."""
+    v, las = (tables.find(name).job(tables.PGD_AT, 0, SCALES["full"], Path("o"), Path("r")) for name in ("V", "LAS-1"))
+    assert v.folder == las.folder and v.result != las.result and v._evaluated("best") != las._evaluated("best")
+
+
 def test_one_run_serves_all_tables_that_have_it():
     jobs = {name: tables.find(name).job(row, 0, SCALES["full"], Path("o"), Path("r")) for name in ("II", "III", "IV", "V")
             for row in tables.find(name).rows if row.method == "FGSM-SDI" and row.variant in ("", "k=20", "input=Benign+Grad")}
@@ -96,10 +121,10 @@ def test_an_unknown_table_is_refused(name, dataset):
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
 
-def made_up(job, seed: int, values: dict[str, float], n: int = 10_000, dirty: bool = False, warnings: tuple[str, ...] = (), card: bool = True) -> None:
+def made_up(job, seed: int, values: dict[str, float], n: int = 10_000, dirty: bool = False, warnings: tuple[str, ...] = (), card: bool = True, compiled: bool = False) -> None:
     """A run's JSON with the fields that the tables read."""
     evaluation = {"n": n, "dirty": dirty, "warnings": list(warnings), "card": {"trusted": card and not warnings}, "metrics": {name: {"value": value, "n": n} for name, value in values.items()}}
-    run = {"seed": seed, "dirty": False, "device": "a device", "precision": "fp32", "commit": "c" * 40, "versions": {"torch": "2.6"}, "seconds": {"training": 600.0}}
+    run = {"seed": seed, "config": {"compile": compiled}, "dirty": False, "device": "a device", "precision": "fp32", "commit": "c" * 40, "versions": {"torch": "2.6"}, "seconds": {"training": 600.0}}
     job.result.parent.mkdir(parents=True, exist_ok=True)
     job.result.write_text(json.dumps({"label": job.label, "run": run, "log": [], "evaluations": {"best": evaluation, "last": evaluation}}))
 
@@ -110,6 +135,20 @@ def test_nothing_measured_is_nothing_shown(name, table, tmp_path):
         text = side_by_side.rendered(table, scale, tmp_path, "csv", 1.0)
         assert all(not row["ours"] and not row["deviation"] and not row["minutes"] for row in csv.DictReader(io.StringIO(text)))
     assert "has been measured yet" in side_by_side.rendered(table, SCALES["full"], tmp_path, "text", 1.0)
+
+
+def test_what_is_not_shown_and_what_was_compiled_is_said(tmp_path):
+    table, scale = tables.find("VII"), SCALES["full"]
+    jobs = [table.job(tables.FGSM_RS, seed, scale, Path(), tmp_path) for seed in range(3)]
+    made_up(jobs[0], 0, {"aa": 42.0})
+    made_up(jobs[1], 1, {"aa": 10.0}, dirty=True)
+    text = side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    assert "Not shown: 1 run of a tree that differed from its commit." in text and "compile" not in text and "42.00 (42.92" in text
+    made_up(jobs[2], 2, {"aa": 44.0}, compiled=True)
+    assert "some with --compile" in side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+    jobs[2].result.write_text("{")
+    with pytest.raises(Misuse, match="is damaged"):
+        side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
 
 
 def test_ours_stands_beside_published_with_its_deviation(tmp_path):
@@ -214,17 +253,19 @@ def test_a_table_that_shows_more_checkpoints_adds_their_evaluation(digits, tmp_p
     both = json.loads(result.read_text())["evaluations"]
     assert last.keys() == {"last"} and both.keys() == {"best", "last"} and both["last"]["metrics"] == last["last"]["metrics"]
     changed = {Path(path).relative_to(tmp_path / "output").parts[2] for path, stamp in stamps(tmp_path / "output").items() if before.get(path) != stamp}
-    assert changed <= {"best", "output.log"}, "what was trained and evaluated stays"
+    assert changed <= {"best-clean-pgd10", "output.log"}, "what was trained and evaluated stays"
 
 
-def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path):
+def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path, monkeypatch):
     digits("--rows", "RS")
     folder = next((tmp_path / "output" / "full").iterdir())
     whole = torch.load(folder / "last.pth", weights_only=True)["state_dict"]
     folder.rename(tmp_path / "whole")
     next((tmp_path / "results" / "tiny").iterdir()).unlink()
-    with pytest.raises(Failure, match="RS, seed 0: the training is not finished"):
-        digits("--rows", "RS", "--time-limit", "0.02")
+    popen = subprocess.Popen
+    with monkeypatch.context() as patch, pytest.raises(Failure, match="RS, seed 0: the training is not finished"):
+        patch.setattr(runner.subprocess, "Popen", lambda command, **more: popen([*command, "--time-limit", "0"], **more))  # whatever the machine's speed
+        digits("--rows", "RS")
     assert (folder / "state.pth").is_file() and not list((tmp_path / "results").rglob("*.json"))
     digits("--rows", "RS")
     pieces = torch.load(folder / "last.pth", weights_only=True)["state_dict"]
@@ -268,7 +309,7 @@ def test_a_last_checkpoint_that_is_the_best_one_is_evaluated_once(digits, tmp_pa
     digits("--rows", "Standard")
     folder = next((tmp_path / "output" / "full").iterdir())
     best, last = (json.loads((folder / "result.json").read_text())["checkpoints"][name]["epoch"] for name in ("best", "last"))
-    assert (folder / "last").is_dir() == (best != last)
+    assert (folder / "last-clean-pgd10").is_dir() == (best != last)
 
 
 def test_every_device_is_used_and_none_twice_at_a_time(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """A run that was stopped, in whatever way and at whatever instant, ends bit for bit like one that was not."""
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import engine
-from engine import checkpoint, evaluate, record
+from engine import checkpoint, data, evaluate, record
 from engine.errors import Failure, Misuse
 
 BATCHES, EPOCHS = 7, 2  # of conftest.TINY: 200 images in batches of 32
@@ -274,6 +275,65 @@ def test_another_method_is_refused_by_name(tiny):
     assert result.status == 2 and result.err.count("\n") == 1 and "--resume never" in result.err
 
 
+def test_a_run_that_begins_anew_leaves_no_snapshots_of_the_old_one(tiny):
+    out_dir = tiny.train("train_fgsm_rs", "--snapshots", "1,2")
+    assert {path.name for path in out_dir.glob("state-*.pth")} == {"state-1.pth", "state-2.pth"}
+    tiny.train("train_fgsm_rs", "--snapshots", "2", "--resume", "never", out_dir=out_dir)
+    assert {path.name for path in out_dir.glob("state-*.pth")} == {"state-2.pth"}
+
+
+def test_which_flags_may_change():
+    assert checkpoint.MAY_CHANGE == {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
+
+
+def test_other_data_are_refused(tiny, monkeypatch):
+    """Fewer images would have no batch where the run stopped, and more would give it another schedule."""
+    out_dir = tiny.directory / "run"
+    with at_update(MIDDLE, terminate):
+        tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir)
+    load = data.load
+
+    def other(*arguments, **more):
+        found = load(*arguments, **more)
+        return dataclasses.replace(found, x_train=found.x_train[1:], y_train=found.y_train[1:])
+
+    monkeypatch.setattr(data, "load", other)
+    result = tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir)
+    assert result.status == 2 and "--data-dir" in result.err and "other training images" in result.err
+
+
+def test_a_result_names_the_code_of_all_its_parts(tiny, monkeypatch):
+    """The tree may change while a run trains, and between its parts."""
+    out_dir = tiny.directory / "run"
+    for commit, dirty in (("a", True), ("b", False)):
+        monkeypatch.setattr(record, "_tree", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
+        with at_update(MIDDLE, terminate if commit == "a" else lambda: monkeypatch.setattr(record, "_tree", lambda: pytest.fail("asked again"))):
+            assert tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir).status == 0
+    result = json.loads((out_dir / "result.json").read_text())
+    assert (result["commit"], result["dirty"], result["earlier_commits"]) == ("b", True, ["a"])
+
+
+def test_the_global_random_numbers_go_on(tiny, tmp_path):
+    """Of scripts to come: none draws from them once training has begun."""
+    def drawn(folder, stop_at=None):
+        run, numbers = engine.Run(engine.Config(dataset="digits", width=4, device="cpu", out_dir=str(folder), train_size=96, batch_size=32, epochs=2,
+                                                val_size=10, measure="pgd10", save_every=0)), []
+        for x, y, _ in run.batches():
+            numbers.append(torch.rand(1).item())
+            run.update(torch.nn.functional.cross_entropy(run.model(x), y))
+            if len(numbers) == stop_at:
+                run._asked_to_stop = True
+        return numbers
+
+    whole = drawn(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        drawn(tmp_path / "parts", stop_at=2)
+    end_of_process()
+    torch.manual_seed(99)
+    parts = drawn(tmp_path / "parts")
+    assert parts == whole[2:]
+
+
 @pytest.mark.parametrize("flags", [("--save-every", 0), ("--time-limit", 30), ("--data-dir", "elsewhere/")])
 def test_flags_that_change_nothing_may_change(flags, tiny):
     out_dir = tiny.directory / "run"
@@ -288,7 +348,7 @@ def test_a_finished_run_is_left_alone(tiny, monkeypatch):
     out_dir = tiny.train("train_fgsm_rs")
     before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
     monkeypatch.setattr(engine.Run, "update", lambda *_, **__: pytest.fail("it trained again"))
-    monkeypatch.setattr(record, "_commit", lambda: {"commit": "of a later day", "dirty": False})
+    monkeypatch.setattr(record, "source", lambda *_: {"commit": "of a later day", "dirty": False})
     result = tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir)
     assert result.status == 0 and "finished" in result.out
     after = {path.name: path.read_bytes() for path in out_dir.iterdir()}
