@@ -119,7 +119,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def auto_attack(
-    model: nn.Module, x: Tensor, y: Tensor, *, attack: str, eps: float, seed: int, batch_size: int,
+    model: nn.Module, x: Tensor, y: Tensor, *, attack: str, eps: float, seed: int, batch_size: int, classes: int = 10,
     log: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One of AutoAttack's four attacks, with the settings of its standard version, by the `pyautoattack` package.
@@ -129,6 +129,7 @@ def auto_attack(
 
     Args:
         x: (N, C, H, W) in [0, 1]; y: (N,) int64; both may lie on the CPU, batches go to the model's device.
+        classes: how many the model has; 10 stands for all above. apgd-t, whose loss compares four logits, needs four.
         log: called with every line that the package reports, a line a batch; its own warnings begin with "warning: ".
 
     Returns:
@@ -151,9 +152,7 @@ def auto_attack(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), frozen(model):  # they reseed torch globally, and FAB calls backward()
             runner = AutoAttack(model, eps=eps, seed=seed, device=next(model.parameters()).device)
             runner.attacks_to_run = [attack]
-            with torch.no_grad():
-                others = model(x[:1].to(runner.device)).shape[1] - 1
-            runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(9, others)  # the standard version's nine, where there are so many
+            runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(9, classes - 1)  # the standard version's nine, where there are so many
             x_adv, predicted = runner.run_standard_evaluation(x.contiguous(), y, batch_size=batch_size)  # it flattens by view
     finally:
         logger.removeHandler(handler)

@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> dict:
         seconds["pgd"] = time.perf_counter() - began
     if len(plain) < len(columns):
         began = time.perf_counter()
-        found.update(evaluate.auto_attack(model, x, y, columns=columns, path=saved, search=search,
+        found.update(evaluate.auto_attack(model, x, y, columns=columns, path=saved, search=search, classes=dataset.classes,
                                           log=print_progress if leads else lambda line: None, **settings))
         seconds["autoattack"] = time.perf_counter() - began
     if not leads:

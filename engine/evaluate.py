@@ -91,14 +91,14 @@ def verdicts(
 
 def auto_attack(
     model: nn.Module, x: Tensor, y: Tensor, *, columns: Sequence[str], eps: float, seed: int, batch_size: int,
-    path: Path, log: Callable[[str], None], search: nn.Module | None = None,
+    path: Path, log: Callable[[str], None], search: nn.Module | None = None, classes: int = 10,
 ) -> dict[str, Tensor]:
     """The columns apgd and aa, one attack at a time, saved after each: an interrupted evaluation continues.
 
     Before each attack the images that are still standing are dealt out to torchrun's processes, however many went on before.
 
     Args:
-        x, y: all images, on every process; eps, seed, batch_size, search: as for `verdicts`. What is found counts where `model`
+        x, y: all images, on every process; eps, seed, batch_size, search: as for `verdicts`; classes: as for `attacks.auto_attack`. What is found counts where `model`
             is fooled, too.
         path: the file in which the first process leaves, after each attack, the verdicts and the adversarial images.
 
@@ -115,7 +115,7 @@ def auto_attack(
     def attacked(points: Tensor, labels: Tensor, attack: str) -> tuple[Tensor, Tensor]:
         """Adversarial images, and which still stand."""
         x_adv, still = (found.cpu() for found in attacks.auto_attack(
-            model if search is None else search, points, labels, attack=attack, eps=eps, seed=seed, batch_size=batch_size,
+            model if search is None else search, points, labels, attack=attack, eps=eps, seed=seed, batch_size=batch_size, classes=classes,
             log=lambda line: log(line) if "successfully" in line or line.startswith("warning") else None))
         if search is not None and not still.all():
             still[~still] = stand(x_adv[~still], labels[~still])

@@ -203,7 +203,7 @@ def test_autoattack_on_few_classes(classes):
     x = torch.rand(6, 1, 8, 8)
     y = attacks.predict(network, x)
     for name in attacks.AUTOATTACK if classes == 4 else ("apgd-ce", "fab-t", "square"):
-        x_adv, standing = attacks.auto_attack(network, x, y, attack=name, eps=0.01, seed=0, batch_size=4)
+        x_adv, standing = attacks.auto_attack(network, x, y, attack=name, eps=0.01, seed=0, batch_size=4, classes=classes)
         assert torch.equal(attacks.predict(network, x_adv) == y, standing) and (x_adv - x).abs().max() <= 0.01 + 1e-6
 
 
@@ -273,7 +273,7 @@ def pretended(monkeypatch):
     """In the place of each of the four attacks one that fools every third image that it is given; the list of calls."""
     calls = []
 
-    def fool(model, x, y, *, attack, eps, seed, batch_size, log=None):
+    def fool(model, x, y, *, attack, eps, seed, batch_size, classes, log=None):
         calls.append((attack, len(x)))
         if interrupt_at == attack:
             raise Interrupted
