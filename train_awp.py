@@ -49,8 +49,9 @@ def perturb(model, x, y, eta, eps, alpha, steps, loss):
 def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) -> Iterator[None]:
     """Inner maximisation over the weights: inside, every layer w is w + gamma ||w|| g / ||g||, with g its gradient.
 
-    Only weights of two and more dimensions move, and none along a gradient that is not finite. The pass that gives g leaves BatchNorm's averages alone. The weights
-    are put back by subtraction, so that what an optimizer did inside stays. `averaged` is over the processes.
+    Only weights of two and more dimensions move, and none along a gradient that is not finite. The pass that gives g leaves
+    BatchNorm's averages alone. The weights are put back by subtraction, so that what an optimizer did inside stays.
+    `averaged` is over the processes.
     """
     weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
     with untracked(model):

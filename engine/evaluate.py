@@ -98,8 +98,9 @@ def auto_attack(
     Before each attack the images that are still standing are dealt out to torchrun's processes, however many went on before.
 
     Args:
-        x, y: all images, on every process; eps, seed, batch_size, search: as for `verdicts`; classes: as for `attacks.auto_attack`. What is found counts where `model`
+        x, y: all images, on every process; eps, seed, batch_size, search: as for `verdicts`. What is found counts where `model`
             is fooled, too.
+        classes: as for `attacks.auto_attack`.
         path: the file in which the first process leaves, after each attack, the verdicts and the adversarial images.
 
     Returns:
