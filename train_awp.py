@@ -3,8 +3,7 @@
 Wu, Xia & Wang, "Adversarial weight perturbation helps robust generalization", NeurIPS 2020, Algorithm 1; on PGD-AT
 (AT-AWP) or on TRADES (`--base trades`). docs/methods.md#awp.
 """
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 import engine
 from attacks import input_gradient
-from utils import divergence, eval_mode, inside_image, project, soft_labels, untracked
+from utils import divergence, eval_mode, inside_image, perturbed_weights, project, soft_labels
 
 
 @dataclass
@@ -43,25 +42,6 @@ def perturb(model, x, y, eta, eps, alpha, steps, loss):
         gradient = input_gradient(model, x + delta, y, loss)
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
     return delta
-
-
-@contextmanager
-def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) -> Iterator[None]:
-    """Inner maximisation over the weights: inside, every layer w is w + gamma ||w|| g / ||g||, with g its gradient.
-
-    Only weights of two and more dimensions move, and none along a gradient that is not finite. The pass that gives g leaves
-    BatchNorm's averages alone. The weights are put back by subtraction, so that what an optimizer did inside stays.
-    `averaged` is over the processes.
-    """
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
-    with untracked(model):
-        gradients = averaged(torch.autograd.grad(loss(), weights))
-    moves = [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
-    with torch.no_grad():
-        torch._foreach_add_(weights, moves)
-    yield
-    with torch.no_grad():
-        torch._foreach_sub_(weights, moves)
 
 
 def main(cfg: Config) -> None:

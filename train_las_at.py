@@ -4,8 +4,7 @@ Jia et al., "LAS-AT: Adversarial training with learnable attack strategy", CVPR 
 LAS-TRADES, which also chooses beta, `--base awp` is LAS-AWP. docs/methods.md#las-at.
 """
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 import engine
 from attacks import input_gradient
 from models.strategy import StrategyNetwork
-from utils import divergence, eval_mode, inside_image, project, soft_labels, untracked
+from utils import divergence, eval_mode, inside_image, perturbed_weights, project, soft_labels
 
 # The published scripts' settings by base and data set; a set without a script has CIFAR-10's.
 SETTINGS = ("radii", "steps", "step_sizes", "label_factor", "interval", "robust", "clean", "momentum")
@@ -105,20 +104,6 @@ def strongest(model, x, y, starts, eps, alpha, rests, whole=lambda moves: moves)
             loss = F.cross_entropy(model(x + delta), y, reduction="none")
         best, highest = torch.where((loss >= highest)[:, None, None, None], delta, best), loss.maximum(highest)
     return best
-
-
-@contextmanager
-def perturbed_weights(model, loss, gamma, averaged=lambda gradients: gradients) -> Iterator[None]:
-    """AWP (train_awp.py): inside, every layer w is w + gamma ||w|| g / ||g||, with g the gradient of loss()."""
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
-    with untracked(model):
-        gradients = averaged(torch.autograd.grad(loss(), weights))
-    moves = [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
-    with torch.no_grad():
-        torch._foreach_add_(weights, moves)
-    yield
-    with torch.no_grad():
-        torch._foreach_sub_(weights, moves)
 
 
 def descended(model, x, y, delta, beta, cfg, classes, lr, averaged=lambda gradients: gradients):

@@ -1,7 +1,7 @@
 """Tensor helpers that appear in the papers. Pure: tensors in, tensors out (the contexts restore what they change)."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -86,3 +86,24 @@ def untracked(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in tracking:
             layer.track_running_stats = True
+
+
+@contextmanager
+def perturbed_weights(
+    model: nn.Module, loss: Callable[[], Tensor], gamma: float, averaged: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda gradients: gradients,
+) -> Iterator[None]:
+    """AWP's inner maximisation over the weights (Wu, Xia & Wang, NeurIPS 2020, Algorithm 1), in one step, as published.
+
+    Inside, every layer w is w + gamma ||w|| g / ||g||, with g the gradient of loss(). Only weights of two and more dimensions
+    move, and none along a gradient that is not finite. The pass that gives g leaves BatchNorm's averages alone. The weights
+    are put back by subtraction, so that what an optimizer did inside stays. `averaged` is over the processes.
+    """
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
+    with untracked(model):
+        gradients = averaged(torch.autograd.grad(loss(), weights))
+    moves = [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
+    with torch.no_grad():
+        torch._foreach_add_(weights, moves)
+    yield
+    with torch.no_grad():
+        torch._foreach_sub_(weights, moves)

@@ -219,8 +219,8 @@ class Guard:
         if distributed.rank() == 0:
             print(f"warning: {sentence}; rollback {rollbacks} of at most {ROLLBACKS}, to update {self.good}: "
                   f"the images now come with noise of {rollbacks} x epsilon", flush=True)
-        if distributed.rank() == 0 and (run.out_dir / GOOD_BEST).is_file():
-            _link(run.out_dir / GOOD_BEST, run.out_dir / "best.pth")  # a weight average may have become the best one since
+            if (run.out_dir / GOOD_BEST).is_file():
+                _link(run.out_dir / GOOD_BEST, run.out_dir / "best.pth")  # a weight average may have become the best one since
         run._saved = saved
         run._restore()
         self.alarms, self.rollbacks = alarms, rollbacks

@@ -25,9 +25,10 @@ class Journal:
         self.cfg, self.measured, self.last_weights = cfg, measured, "ema" if averages else "raw"
         if cfg.tensorboard:
             try:
-                import torch.utils.tensorboard  # noqa: F401 - before the first epoch, not after it
+                from torch.utils.tensorboard import SummaryWriter  # slow to import; and now, not after an epoch
             except ImportError as error:
                 raise Misuse("--tensorboard: the package is missing; pip install tensorboard") from error
+            self._writer = SummaryWriter
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}  # score, epoch and weights of best.pth
 
@@ -53,8 +54,7 @@ class Journal:
               f"{self.cfg.select_on}: {held_out}  lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s"
               f"{'  (best)' if better else ''}", flush=True)
         if self.cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # which is slow to import
-            with SummaryWriter(str(out_dir)) as writer:
+            with self._writer(str(out_dir)) as writer:
                 for name, value in row.items():
                     if isinstance(value, float):
                         writer.add_scalar(name, value, row["epoch"])

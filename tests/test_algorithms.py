@@ -1260,10 +1260,10 @@ def test_cosine_of_small_gradients_is_differentiated_as_in_float64():
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * double.detach().abs().max().item())
 
 
-@pytest.mark.parametrize("flag, value, channels", [("generator_input", "image", 1), ("generator_input", "gradient", 1), ("generator_input", "both", 2)])
-def test_fgsm_sdis_generator_is_the_one_asked_for(flag, value, channels, tmp_path):
+@pytest.mark.parametrize("inputs, channels", [("image", 1), ("gradient", 1), ("both", 2)])
+def test_fgsm_sdis_generator_sees_what_was_asked_for(inputs, channels, tmp_path):
     """Of the digits, with their one channel."""
-    generator, _ = sdi_run(tmp_path, **{flag: value})
+    generator, _ = sdi_run(tmp_path, generator_input=inputs)
     assert next(value for value in generator.values() if value.ndim == 4).shape[1] == channels
 
 

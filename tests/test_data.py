@@ -268,15 +268,12 @@ def test_the_streams_of_random_numbers_never_meet():
     assert len(set(seeds)) == len(seeds)
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(x_test=np.zeros((10, 28, 28, 3), np.uint8)), r"x_train are \(32, 32, 3\), of x_test \(28, 28, 3\)"),
-])
-def test_sizes_that_differ_are_refused(change, words, tmp_path):
+def test_sizes_that_differ_are_refused(tmp_path):
     small_cifar(tmp_path)
     with np.load(tmp_path / "cifar10.npz") as file:
-        arrays = dict(file) | change
+        arrays = dict(file) | dict(x_test=np.zeros((10, 28, 28, 3), np.uint8))
     np.savez(tmp_path / "cifar10.npz", **arrays)
-    with pytest.raises(Misuse, match=words):
+    with pytest.raises(Misuse, match=r"x_train are \(32, 32, 3\), of x_test \(28, 28, 3\)"):
         data.load("cifar10", tmp_path)
 
 

@@ -878,7 +878,7 @@ def test_gairat_weighs_from_epoch_60_of_120_on(monkeypatch):
 def test_awps_published_settings():
     pgd, trades_too = train_awp.Config(epochs=200), train_awp.Config(base="trades", epochs=200)
     assert (pgd.gamma, pgd.warmup, pgd.attack_bn) == (0.01, 0, "train")
-    assert (trades_too.gamma, trades_too.attack_bn, trades_too.beta) == (0.005, "eval", 6.0)
+    assert (trades_too.gamma, trades_too.attack_bn, trades_too.beta, trades_too.warmup) == (0.005, "eval", 6.0, 9), "from the 10th epoch of 200 on"
 
 
 # ---- the pieces, image by image -----------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
 
 import engine
-import train_awp
 import train_free_at
 import train_gat
 import train_las_at
@@ -65,11 +65,6 @@ def test_las_ats_nine_scripts(base, dataset, label_factor, interval, robust, cle
     assert (cfg.label_factor, cfg.interval, cfg.robust, cfg.clean, cfg.momentum) == (label_factor, interval, robust, clean, momentum)
 
 
-def test_trades_awps_published_settings():
-    cfg = train_awp.Config(base="trades", epochs=200)
-    assert (cfg.gamma, cfg.attack_bn, cfg.beta, cfg.warmup) == (0.005, "eval", 6, 9), "published from the 10th epoch of 200 on"
-
-
 def test_vfsats_radii_at_16():
     assert train_vfsat.Config(epsilon=16).radii == "2,4,6,8,10,12,14,16,16,16,16,16"
 
@@ -85,7 +80,7 @@ class Stub:
 
     def __init__(self, epochs: int, batches: int) -> None:
         self.epochs, self.each, self.calls = epochs, batches, []
-        self.classes, self.model, self.epoch, self.batch = 10, None, 0, 0
+        self.classes, self.model, self.x, self.y = 10, None, None, None
 
     def captured(self, step):
         return lambda *arguments: self.calls.append((self.epoch, self.batch, arguments))
@@ -93,7 +88,7 @@ class Stub:
     def batches(self):
         for self.epoch in range(self.epochs):
             for self.batch in range(self.each):
-                yield None, None, None
+                yield self.x, self.y, None
 
 
 def test_gats_weight_grows_after_epoch_85_of_100(monkeypatch):
@@ -104,31 +99,17 @@ def test_gats_weight_grows_after_epoch_85_of_100(monkeypatch):
     assert [guided for epoch, _, (_, _, _, guided) in run.calls[:3]] == [False, True, False]
 
 
-class Enough(Exception):
-    pass
-
-
 def test_nuats_weight_grows_over_nine_tenths_of_the_epochs(monkeypatch):
-    weights = []
-    for epoch in range(100):
-        class At(Stub):
-            def batches(self, epoch=epoch):
-                self.epoch, self.batch = epoch, 1  # where the attack climbs the norm too
-                yield None, None, None
+    weights, run = [], Stub(100, 2)
+    run.x, run.y, run.model = torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64), torch.nn.Flatten()
+    run.uniform, run.gathered, run.update = torch.zeros_like, lambda rows: rows, lambda *_, **__: None
 
-        def perturb(model, x, target, start, eps, alpha, guide):
-            monkeypatch.setattr(train_nuat, "nuclear_norm", lambda *_: 1.0)
-            weights.append(guide(None))
-            raise Enough
+    def perturb(model, x, target, start, eps, alpha, guide):
+        weights.append(guide(x))
+        return torch.zeros_like(x)
 
-        run = At(100, 1)
-        run.model = lambda x: None
-        run.uniform = lambda x: train_nuat.torch.zeros(1)
-        run.gathered = lambda rows: rows
-        monkeypatch.setattr(engine, "Run", lambda cfg: run)
-        monkeypatch.setattr(train_nuat, "eval_mode", lambda model: train_nuat.torch.no_grad())
-        monkeypatch.setattr(train_nuat, "soft_labels", lambda *_: None)
-        monkeypatch.setattr(train_nuat, "perturb", perturb)
-        with pytest.raises(Enough):
-            train_nuat.main(train_nuat.Config(epochs=100))
-    assert weights == pytest.approx([4.5 * min(epoch / 90, 1) for epoch in range(100)])
+    monkeypatch.setattr(engine, "Run", lambda cfg: run)
+    monkeypatch.setattr(train_nuat, "nuclear_norm", lambda *_: torch.ones(()))
+    monkeypatch.setattr(train_nuat, "perturb", perturb)
+    train_nuat.main(train_nuat.Config(epochs=100))
+    assert weights == pytest.approx([batch * 4.5 * min(epoch / 90, 1) for epoch in range(100) for batch in (0, 1)]), "the attack climbs it in every other batch"
