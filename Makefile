@@ -26,8 +26,7 @@ test-all: setup
 	$(ONE) $(BIN)/python -m pytest -n auto --dist loadgroup
 
 # The oldest torch that requirements.txt admits, in an environment of its own.
-test-oldest:
-	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
+test-oldest: .venv-oldest/.oldest
 	$(ONE) .venv-oldest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 .venv-oldest/.oldest: requirements.txt

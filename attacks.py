@@ -19,7 +19,12 @@ AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Callable = F.cross_entropy) -> Tensor:
-    """Gradient of loss(model(x), y) at the point x, detached, of x's shape. Parameter gradients are not computed."""
+    """Gradient of loss(model(x), y) at the point x, detached, of x's shape. Parameter gradients are not computed.
+
+    Args:
+        y: whatever `loss` compares the logits with: labels (N,), soft labels or other logits (N, classes).
+        loss: from (logits, y) to a tensor without dimensions.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), frozen(model):
         return torch.autograd.grad(loss(model(x), y), x)[0]
@@ -54,10 +59,10 @@ def pgd(
     delta = torch.zeros_like(x) if start is None else inside_image(start, x)
     standing = torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        here = (x[standing] + delta[standing]).requires_grad_()
+        noisy = (x[standing] + delta[standing]).requires_grad_()
         with torch.enable_grad(), frozen(model):
-            logits = model(here)
-            gradient = torch.autograd.grad(loss(logits, y[standing]), here)[0]
+            logits = model(noisy)
+            gradient = torch.autograd.grad(loss(logits, y[standing]), noisy)[0]
         correct = logits.argmax(1) == y[standing]
         standing, gradient = standing[correct], gradient[correct]
         if len(standing) == 0:
@@ -68,7 +73,7 @@ def pgd(
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
-    """One step of eps from x itself (Goodfellow et al., ICLR 2015)."""
+    """delta: one step of eps from x itself (Goodfellow et al., ICLR 2015). The column fgsm of an evaluation begins at a random start."""
     return inside_image(eps * input_gradient(model, x, y).sign(), x)
 
 

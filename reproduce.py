@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine import record
-from engine.config import Parser
+from engine.config import Parser, spelled
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
 from engine.device import chosen_device, keep_freed_memory
@@ -112,13 +112,14 @@ def show(args: argparse.Namespace) -> None:
 def figure(args: argparse.Namespace) -> None:
     figure, default, scale = figures.FIGURES[args.name], parse(["figure", args.name]), tables.SCALES[args.scale]
     name, table = args.table or figure.table, tables.find(args.table or figure.table, args.dataset)
-    suffix = f"-{name}-{table.dataset}" if (args.table or args.dataset) and not args.runs else ""
-    path = args.figures / scale.name / f"{args.name}{suffix}.json"
+    chosen = [*([name, table.dataset] if (args.table or args.dataset) and not args.runs else []), *(["some"] if args.rows else []),
+              *([args.checkpoint] if args.checkpoint != default.checkpoint else [])]  # each another figure, in a file of its own
+    path = args.figures / ("runs" if args.runs else scale.name) / f"{'-'.join([args.name, *chosen])}.json"
     if not args.redraw:
         device = chosen_device(args.device)
         if device.type == "cpu":
             keep_freed_memory()
-        given = "".join(f" --{key.replace('_', '-')} {getattr(args, key)}" for key in ("dataset", "data_dir", "output", "results")
+        given = "".join(f" {spelled(key)} {getattr(args, key)}" for key in ("dataset", "data_dir", "output", "results")
                         if getattr(args, key) != getattr(default, key))
         if args.runs:
             runs = sources.of_folders([Path(folder) for folder in args.runs.split(",")])

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from engine import card, checkpoint, data, distributed, evaluate, foreign, record
-from engine.config import Parser
+from engine.config import Parser, spelled
 from engine.errors import Misuse, one_sentence
 from engine.device import chosen_device, keep_freed_memory
 
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pgd-alpha", type=float, help="step of PGD and C&W in 255ths (default: epsilon / 4)")
     parser.add_argument("--attacks", default=",".join(evaluate.COLUMNS), help=f"columns to measure (default: {','.join(evaluate.COLUMNS)})")
     parser.add_argument("--n-ex", type=int, help="the first N test images only (default: all); sets sorted by class are in a fixed random order")
-    parser.add_argument("--card-n", type=int, default=256, help="images of the claim card, at least 100; 0: no card (default: 256)")
+    parser.add_argument("--card-n", type=int, default=256, help="images of the claim card; below 100, no card (default: 256)")
     parser.add_argument("--batch-size", type=int, help="images per batch (default: as many as the evaluation had that is continued; 500 on the CPU; "
                         f"on a GPU what half of its free memory holds, up to {evaluate.LARGEST_BATCH})")
     parser.add_argument("--compile", action="store_true", help="let the attacks search with the compiled network; the verdict is the plain one's. "
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise Misuse(f"--norm {args.norm}: only Linf is implemented")
     for name in ("epsilon", "pgd_alpha", "n_ex", "batch_size"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise Misuse(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and finite")
+            raise Misuse(f"{spelled(name)} {getattr(args, name)}: must be above 0, and finite")
     if not 0 <= args.seed < 2**63:
         raise Misuse(f"--seed {args.seed}: must lie in 0..2^63-1")
     if args.card_n < 0:
@@ -71,14 +71,15 @@ def main(args: argparse.Namespace) -> dict:
     path = Path(args.model_path)
     out_dir = Path(args.out_dir or path.with_name(path.stem + "-evaluation"))
 
-    said = {key: value for key, value in foreign.read(path).items() if isinstance(value, (int, float, str))}
-    name = args.dataset or said.get("dataset") or suitable_dataset(path, args.which)
+    container = foreign.read(path)
+    said = {key: value for key, value in container.items() if isinstance(value, (int, float, str))}
+    name = args.dataset or said.get("dataset") or suitable_dataset(path, container, args.which)
     with distributed.first_process_first():
         dataset = data.load(name, args.data_dir, said.get("image_size"))
     n = min(args.n_ex or len(dataset.x_test), len(dataset.x_test))
     x, y = torch.from_numpy(dataset.pixels(dataset.x_test[:n])), torch.from_numpy(dataset.y_test[:n])
     model, report = foreign.load(
-        path, model=args.model, normalise=args.normalise, which=args.which, device=device,
+        path, container=container, model=args.model, normalise=args.normalise, which=args.which, device=device,
         images=data.to_images(torch.from_numpy(dataset.pixels(dataset.x_train[:1000]))), labels=torch.from_numpy(dataset.y_train[:1000]))
     for what, ours in (("classes", dataset.classes), ("channels", dataset.channels)):
         if report[what] != ours:
@@ -91,7 +92,8 @@ def main(args: argparse.Namespace) -> dict:
         raise Misuse(f"the radius {epsilon}, of --epsilon or of {path}: must be a number of 255ths, above 0 and up to 255; give --epsilon")
     alpha = args.pgd_alpha or epsilon / 4
     saved = out_dir / "autoattack.pth"
-    settings = dict(eps=epsilon / 255, seed=args.seed, batch_size=args.batch_size or evaluate.batch_size_for(model, x, y, saved))
+    settings = dict(eps=epsilon / 255, seed=args.seed)
+    settings["batch_size"] = args.batch_size or evaluate.batch_size_for(model, x, y, path=saved, **settings)
     if leads:
         out_dir.mkdir(parents=True, exist_ok=True)
         _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
@@ -102,7 +104,7 @@ def main(args: argparse.Namespace) -> dict:
     search = None
     if args.compile:
         began = time.perf_counter()
-        search = evaluate.Compiled(model, x[:settings["batch_size"]], y[:settings["batch_size"]])
+        search = evaluate.CompiledSearch(model, x[:settings["batch_size"]], y[:settings["batch_size"]])
         seconds["compilation"] = time.perf_counter() - began
     if plain:
         began, part = time.perf_counter(), distributed.shard(n)
@@ -112,27 +114,29 @@ def main(args: argparse.Namespace) -> dict:
         found.update({column: distributed.gathered(standing, n) for column, standing in mine.items()})
         seconds["pgd"] = time.perf_counter() - began
     if len(plain) < len(columns):
-        began = time.perf_counter()
         found.update(evaluate.auto_attack(model, x, y, columns=columns, path=saved, search=search, classes=dataset.classes,
                                           log=print_progress if leads else lambda line: None, **settings))
-        seconds["autoattack"] = time.perf_counter() - began
     if not leads:
         return {}
 
-    claim = card.build(model, x, y, found=found, n=args.card_n, classes=dataset.classes, alpha=alpha / 255, **settings,
-                       saved=saved if len(plain) < len(columns) else None)
+    attacked = checkpoint.load(saved) if len(plain) < len(columns) else {}
+    if attacked:
+        seconds["autoattack"] = attacked["seconds"]  # those of earlier parts among them
+    claim = card.build(model, x, y, found=found, n=args.card_n, classes=dataset.classes, alpha=alpha / 255, **settings, saved=attacked or None)
     seconds["card"] = claim["seconds"]
 
     with evaluate.trustworthy():  # so that what is written is as it was while measuring
-        provenance = record.provenance(device, "fp32", source)
+        provenance = record.provenance(device, "fp32", record.continued(source, attacked.get("source")))
     content = {
         "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
         "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
         "test_order": "a fixed permutation of the files" if dataset.shuffled else "of the files",
-        "seed": args.seed, "batch_size": settings["batch_size"], "compiled": args.compile, "processes": distributed.world(),
-        "metrics": evaluate.metrics(found),
-        "card": claim, "warnings": card.warnings(claim, n, len(dataset.x_test)), "verdicts": "verdicts.npz",
-        "seconds": seconds, "peak_memory_bytes": record.peak_memory(device), **provenance,
+        "seed": args.seed, "batch_size": settings["batch_size"], "compiled": args.compile, "processes": distributed.world_size(),
+        "metrics": {column: record.percent(standing) for column, standing in found.items()},
+        "warnings": [*report["doubts"], *dict.fromkeys(attacked.get("warnings", [])), *card.warnings(claim, n, len(dataset.x_test))],
+        "card": claim, "verdicts": "verdicts.npz",
+        "config": vars(args), "seconds": seconds, "images_per_second": n / sum(seconds.get(part, 0.0) for part in ("pgd", "autoattack")),
+        "peak_memory_bytes": record.peak_memory(device), **provenance,
     }
     with record.replacing(out_dir / "verdicts.npz") as file:
         np.savez_compressed(file, **{column: standing.numpy() for column, standing in found.items()})
@@ -141,9 +145,9 @@ def main(args: argparse.Namespace) -> dict:
     return content
 
 
-def suitable_dataset(path: Path, which: str) -> str:
+def suitable_dataset(path: Path, container: dict, which: str) -> str:
     """The data set with as many classes and channels as the weights have, for a file that does not name its own."""
-    network = foreign.candidates(foreign.unwrap(foreign.read(path), which)[0])[0]
+    network = foreign.candidates(foreign.unwrap(container, which)[0])[0]
     shape = network.classes, network.channels
     if shape not in DATASET_OF:
         raise Misuse(f"{path}: no data set here has {shape[0]} classes and {shape[1]} channels; say --dataset")
@@ -156,8 +160,8 @@ def print_progress(line: str) -> None:
 
 def show(content: dict, out_dir: Path) -> None:
     """The papers' columns, as text."""
-    print(f"\n{content['model_path']}: {content['arch']} on {content['n']} test images of {content['dataset']}, "
-          f"epsilon {content['epsilon']:g}/255, fp32")
+    print(f"\n{content['model_path']}: {content['arch']}, normalisation {content['checkpoint']['normalise']} ({content['checkpoint']['reason']}), "
+          f"on {content['n']} test images of {content['dataset']}, epsilon {content['epsilon']:g}/255, fp32")
     for column, metric in content["metrics"].items():
         print(f"  {column:6s} {metric['value']:6.2f} %{card.mark(content):1s}  (95 %: {metric['interval'][0]:.2f} to {metric['interval'][1]:.2f}, n = {metric['n']})")
     print(card.text(content["card"]))

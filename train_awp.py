@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import engine
 from attacks import input_gradient
-from utils import divergence, eval_mode, inside_image, perturbed_weights, project, soft_labels
+from utils import divergence, eval_mode, inside_image, project, soft_labels, untracked
 
 
 @dataclass
@@ -27,21 +27,33 @@ class Config(engine.Config):
     warmup: int | None = engine.flag(None, "epochs without it (default: 0; on TRADES one less than a twentieth of the run: published from the 10th of 200 on)", at_least=0)
     attack_bn: Literal["train", "eval"] | None = engine.flag(None, "BatchNorm's mode during the attack (default: train, and eval on TRADES, as published)")
 
-    def check(self) -> None:
-        super().check()
+    def complete(self) -> None:
+        super().complete()
         trades = self.base == "trades"
         self.gamma = (0.005 if trades else 0.01) if self.gamma is None else self.gamma
         self.warmup = (max(self.epochs // 20 - 1, 0) if trades else 0) if self.warmup is None else self.warmup
         self.attack_bn = ("eval" if trades else "train") if self.attack_bn is None else self.attack_bn
 
 
-def perturb(model, x, y, eta, eps, alpha, steps, loss):
-    """Inner maximisation over the image: `steps` times delta <- P[delta + alpha sign(grad loss(f(x + delta), y))]."""
+def perturb(model, x, target, eta, eps, alpha, steps, loss):
+    """Inner maximisation over the image: `steps` times delta <- P[delta + alpha sign(grad loss(f(x + delta), target))]."""
     delta = eta
     for _ in range(steps):
-        gradient = input_gradient(model, x + delta, y, loss)
+        gradient = input_gradient(model, x + delta, target, loss)
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
     return delta
+
+
+def perturb_weights(model, loss, gamma, averaged=lambda gradients: gradients):
+    """Inner maximisation over the weights, in one step: the weights, and of each layer w the move gamma ||w|| g / ||g||.
+
+    g is the gradient of loss(), whose pass leaves BatchNorm's averages alone, as published. Only weights of two and more
+    dimensions move, and none along a gradient that is not finite. `averaged` is over the processes.
+    """
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
+    with untracked(model):
+        gradients = averaged(torch.autograd.grad(loss(), weights))
+    return weights, [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
 
 
 def main(cfg: Config) -> None:
@@ -65,7 +77,7 @@ def main(cfg: Config) -> None:
             robust = divergence(logits, model(x)).mean()  # the image twice, as published
             return F.cross_entropy(model(x), target) + cfg.beta * robust
 
-        with nullcontext() if warm else perturbed_weights(model, lambda: loss(model(x + delta)), cfg.gamma, run.averaged):
+        with nullcontext() if warm else run.moved(*perturb_weights(model, lambda: loss(model(x + delta)), cfg.gamma, run.averaged)):
             logits = model(x + delta)
             run.update(loss(logits), logits=logits)
 

@@ -15,7 +15,7 @@ from utils import eval_mode, frozen, inside_image, project, soft_labels
 @dataclass
 class Config(engine.Config):
     METHOD = "fat"
-    COMPILES = False  # each number of images that are left in the attack would be compiled anew
+    COMPILES = SAME_SIZES = False  # each number of images that are left in the attack would be compiled, or looked at, anew
 
     alpha: float | None = engine.step_size(1 / 4)
     steps: int = engine.flag(10, "largest number of steps", at_least=1)
@@ -30,10 +30,10 @@ def perturb(model, x, y, target, eta, eps, alpha, steps, tau, noise):
     patience = torch.full_like(y, tau)
     moving = torch.arange(len(y), device=y.device)
     for _ in range(steps):
-        here = (x[moving] + delta[moving]).requires_grad_()
+        noisy = (x[moving] + delta[moving]).requires_grad_()
         with frozen(model):
-            logits = model(here)
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, target[moving]), here)
+            logits = model(noisy)
+            gradient, = torch.autograd.grad(F.cross_entropy(logits, target[moving]), noisy)
         wrong = logits.argmax(1) != y[moving]
         goes_on = ~wrong | (patience[moving] > 0)
         patience[moving] -= wrong.long()
@@ -48,7 +48,7 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    for x, y, _ in run.batches():  # not captured: the attack looks at which images are left
         target = soft_labels(y, run.classes, cfg.label_factor)
         done = run.epoch / cfg.epochs
         tau = cfg.tau if cfg.tau is not None else (done >= 5 / 12) + (done >= 9 / 12)

@@ -27,8 +27,8 @@ class Config(engine.Config):
     reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)", at_least=0)
     align: bool = engine.flag(False, "move what is remembered along with the random crop and flip; the published code does not")
 
-    def check(self) -> None:
-        super().check()
+    def complete(self) -> None:
+        super().complete()
         if self.reset is None:
             self.reset = 10 if self.dataset in ("cifar100", "tiny-imagenet", "imagenet") else 40
 

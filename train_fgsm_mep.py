@@ -30,10 +30,12 @@ class Config(engine.Config):
     reset: int | None = engine.flag(None, "epochs after which the memory starts anew, 0: never (default: 40, and 10 with 100 classes and more, as published)", at_least=0)
     align: bool = engine.flag(False, "move what is remembered along with the random crop and flip; the published code does not")
 
-    def check(self) -> None:
-        super().check()
+    def complete(self) -> None:
+        super().complete()
         if self.reset is None:
             self.reset = 10 if self.dataset in ("cifar100", "tiny-imagenet", "imagenet") else 40
+        if self.dataset == "tiny-imagenet" and self.max_grad_norm is None:
+            self.max_grad_norm = 10.0
 
 
 def start(noise, init, eps):
@@ -41,12 +43,7 @@ def start(noise, init, eps):
     return eps * {"corner": noise.sign(), "uniform": noise, "zero": 0 * noise}[init]
 
 
-def normalised(gradient):
-    """The whole batch's gradient over its L1 norm."""
-    return gradient / gradient.abs().sum().clamp(min=1e-30)
-
-
-def perturb(model, x, target, eta, momentum, eps, alpha, mu, accumulate, normalised=normalised):
+def perturb(model, x, target, eta, momentum, eps, alpha, mu, accumulate, share=1, whole=lambda part: part):
     """Inner maximisation: delta to train on, the next epoch's eta, the momentum, and the logits at x + eta.
 
     x + eta may leave [0, 1], as published: eta was clipped for another crop of the image.
@@ -54,7 +51,8 @@ def perturb(model, x, target, eta, momentum, eps, alpha, mu, accumulate, normali
     noisy = (x + eta).requires_grad_()
     logits = model(noisy)
     gradient, = torch.autograd.grad(F.cross_entropy(logits, target), noisy, retain_graph=True)
-    momentum = mu * momentum + (gradient.sign() if accumulate == "sign" else normalised(gradient))
+    part = share * gradient  # of the whole batch's, whose L1 norm it is divided by
+    momentum = mu * momentum + (gradient.sign() if accumulate == "sign" else part / whole(part).abs().sum().clamp(min=1e-30))
     delta = inside_image(project(eta + alpha * gradient.sign(), eps), x)
     following = inside_image(project(eta + alpha * momentum.sign(), eps), x)
     return delta, following, momentum, logits
@@ -80,8 +78,7 @@ def main(cfg: Config) -> None:
         else:
             eta, momentum = project(prior[index], eps), momenta[index]  # a half-precision memory rounds
         delta, following, momentum, prior_logits = perturb(
-            run.model, x, target, eta, momentum, eps, alpha, cfg.mu, cfg.accumulate,
-            lambda gradient: normalised(run.gathered(run.share * gradient))[run.positions])
+            run.model, x, target, eta, momentum, eps, alpha, cfg.mu, cfg.accumulate, run.share, run.gathered)
         logits = run.model(x + delta)
         run.update(regularised_loss(logits, prior_logits, target, cfg.pgi_lambda, cfg.reduction), logits=logits)
         prior[index], momenta[index] = following, momentum
@@ -89,7 +86,8 @@ def main(cfg: Config) -> None:
     for x, y, index in run.batches():
         anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
         if anew and run.batch == 0:
-            prior.forget(), momenta.forget()  # what no crop of this epoch will show
+            prior.forget()  # what no crop of this epoch will show
+            momenta.forget()
         step(x, y, index, anew)
 
 

@@ -22,7 +22,7 @@ class Config(engine.Config):
     attack_factor: float = engine.flag(0.64, "label factor of the attack's loss (torch's smoothing 0.4)")
     gamma: float = engine.flag(0.03, "how far the loss may stray from the last epoch's mean", at_least=0)
     cs_weight: float = engine.flag(1.0, "weight of the pull")
-    stride: int = engine.flag(1, "epochs at both ends of the run in which nothing pulls", at_least=0)
+    stride: int = engine.flag(1, "epochs at the end of the run, and one more at its beginning, in which nothing pulls", at_least=0)
 
 
 def perturb(model, noisy, target, alpha):

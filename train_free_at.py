@@ -18,9 +18,9 @@ class Config(engine.Config):
     replays: int = engine.flag(8, "how often each batch is used in a row, the paper's m (ImageNet: 4)", at_least=1)
     divide_epochs: bool = engine.flag(False, "train for epochs / m, rounded up, as Free-AT's authors do; the papers' tables do not divide")
 
-    def check(self) -> None:
-        super().check()
-        if self.divide_epochs:
+    def complete(self) -> None:
+        super().complete()
+        if self.divide_epochs and self.replays > 0:
             self.epochs, self.divide_epochs = -(-self.epochs // self.replays), False
 
 

@@ -28,10 +28,10 @@ def perturb(model, x, y, target, eta, eps, alpha, steps):
     """Inner maximisation by PGD: delta, and kappa, (B,), how many of the points on the way were classified correctly."""
     delta, kappa = inside_image(eta, x), torch.zeros_like(x[:, 0, 0, 0])
     for _ in range(steps):
-        here = (x + delta).requires_grad_()
+        noisy = (x + delta).requires_grad_()
         with frozen(model):
-            logits = model(here)
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, target), here)
+            logits = model(noisy)
+            gradient, = torch.autograd.grad(F.cross_entropy(logits, target), noisy)
         kappa += logits.argmax(1) == y
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
     return delta, kappa

@@ -22,11 +22,11 @@ class Config(engine.Config):
     late_factor: float = engine.flag(4.0, "what the weight is multiplied by from 0.86 of the epochs on (published: after epoch 85 of 100)")
 
 
-def perturb(model, x, target, start, eps, alpha, guide):
+def perturb(model, x, target, eta, eps, alpha, guide):
     """Inner maximisation: one step that climbs the cross-entropy plus `guide`, a function of the logits."""
-    start = inside_image(start, x)
-    gradient = input_gradient(model, x + start, target, loss=lambda logits, target: F.cross_entropy(logits, target) + guide(logits))
-    return inside_image(project(inside_image(start + alpha * gradient.sign(), x), eps), x)
+    eta = inside_image(eta, x)
+    gradient = input_gradient(model, x + eta, target, loss=lambda logits, target: F.cross_entropy(logits, target) + guide(logits))
+    return inside_image(project(inside_image(eta + alpha * gradient.sign(), x), eps), x)
 
 
 def distance(logits, clean_logits):

@@ -18,6 +18,7 @@ class Config(engine.Config):
     METHOD = "gradsum"
     COMPILES = False  # a compiled network has no second derivative
 
+    max_grad_norm: float | None = 20.0
     alpha: float | None = engine.step_size(1)
     gradsum_lambda: float = engine.flag(10.0, "weight of the penalty, tied to the batch size as the loss is a mean: published at 256")
 
@@ -48,7 +49,7 @@ def main(cfg: Config) -> None:
         logits = run.model(x + delta)
         eta = (eps * run.uniform(x) * 255).round() / 255  # whole grey levels, as published
         penalty = gradient_norm(run.model, x, target, eta, whole=lambda gradient: run.gathered(run.share * gradient))
-        run.update(F.cross_entropy(logits, target) + cfg.gradsum_lambda * penalty, logits=logits, max_norm=20)
+        run.update(F.cross_entropy(logits, target) + cfg.gradsum_lambda * penalty, logits=logits)
 
     for x, y, _ in run.batches():
         step(x, y)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import engine
 from attacks import input_gradient
 from models.strategy import StrategyNetwork
-from utils import divergence, eval_mode, inside_image, perturbed_weights, project, soft_labels
+from utils import divergence, eval_mode, inside_image, moved, project, soft_labels, untracked
 
 # The published scripts' settings by base and data set; a set without a script has CIFAR-10's.
 SETTINGS = ("radii", "steps", "step_sizes", "label_factor", "interval", "robust", "clean", "momentum")
@@ -48,7 +48,8 @@ class Config(engine.Config):
     strategy_width: int | None = engine.flag(None, "width of the strategy network, a ResNet18 (default: 64; digits: a resnet8 of 16)", at_least=1)
     gamma: float = engine.flag(0.01, "size of AWP's perturbation of the weights", at_least=0)
 
-    def check(self) -> None:
+    def complete(self) -> None:
+        super().complete()
         published = dict(zip(SETTINGS, PUBLISHED.get((self.base, self.dataset), PUBLISHED[self.base, "cifar10"])))
         if self.reward == "cross-entropy":
             published = published | dict(robust=1, clean=1)
@@ -57,7 +58,11 @@ class Config(engine.Config):
                 setattr(self, name, value)
         if self.strategy_width is None:
             self.strategy_width = 16 if self.dataset == "digits" else 64
+        if self.dataset == "tiny-imagenet" and self.max_grad_norm is None:
+            self.max_grad_norm = 10.0
         self.DECAYS = {"pgd": (99 / 110, 104 / 110), "trades": (0.75, 0.9), "awp": (0.5, 0.75)}[self.base]
+
+    def check(self) -> None:
         super().check()
         _, steps, *_ = map(self.options, ("radii", "steps", "step_sizes", "betas"))
         if any(number < 1 or number % 1 for number in steps):
@@ -68,7 +73,7 @@ class Config(engine.Config):
     def options(self, name: str) -> list[float]:
         """What there is to choose from; radii and step sizes as fractions of 1, in proportion to --epsilon."""
         scale = self.epsilon / 8 / 255 if name in ("radii", "step_sizes") else 1
-        return [scale * number for number in engine.numbers(f"--{name.replace('_', '-')}", getattr(self, name))]
+        return [scale * number for number in engine.numbers(name, getattr(self, name))]
 
 
 def choose(logits, uniform):
@@ -78,13 +83,21 @@ def choose(logits, uniform):
     return action, sum(log_p[name].gather(1, chosen[:, None])[:, 0] for name, chosen in action.items())
 
 
-def perturb(model, x, y, eta, eps, alpha, steps, most_steps, loss):
+def perturb(model, x, target, eta, eps, alpha, steps, most_steps, loss):
     """Inner maximisation, each image with its own eps, alpha and number of steps, all (B, 1, 1, 1)."""
     delta = eta
     for step in range(most_steps):
-        gradient = input_gradient(model, x + delta, y, loss)
+        gradient = input_gradient(model, x + delta, target, loss)
         delta = inside_image(project(delta + (step < steps) * alpha * gradient.sign(), eps), x)
     return delta
+
+
+def perturb_weights(model, loss, gamma, averaged=lambda gradients: gradients):
+    """AWP's inner maximisation over the weights, which train_awp.py explains."""
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
+    with untracked(model):
+        gradients = averaged(torch.autograd.grad(loss(), weights))
+    return weights, [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
 
 
 def strongest(model, x, y, starts, eps, alpha, rests, whole=lambda moves: moves):
@@ -109,7 +122,7 @@ def strongest(model, x, y, starts, eps, alpha, rests, whole=lambda moves: moves)
 def descended(model, x, y, delta, beta, cfg, classes, lr, averaged=lambda gradients: gradients):
     """A copy of the classifier, one step of training further. `averaged` is over the processes."""
     model = copy.deepcopy(model).train()
-    with perturbed_weights(model, lambda: F.cross_entropy(model(x + delta), y), cfg.gamma, averaged) if cfg.base == "awp" else nullcontext():
+    with moved(*perturb_weights(model, lambda: F.cross_entropy(model(x + delta), y), cfg.gamma, averaged)) if cfg.base == "awp" else nullcontext():
         if cfg.base == "trades":
             loss = F.cross_entropy(model(x), y) + (beta * divergence(model(x + delta), model(x))).mean()
         else:
@@ -140,10 +153,10 @@ def main(cfg: Config) -> None:
                 delta = perturb(model, x, model(x), 0.001 * run.normal(x), radius, alpha, steps, most_steps,
                                 lambda *logits: divergence(*logits).mean())
                 return delta, values["betas"][action["betas"]]
-            start = inside_image(eps * run.uniform(x), x)  # in the ball of --epsilon, whatever radius was chosen
-            return perturb(model, x, y, start, radius, alpha, steps, most_steps, F.cross_entropy), None
+            eta = inside_image(eps * run.uniform(x), x)  # in the ball of --epsilon, whatever radius was chosen
+            return perturb(model, x, y, eta, radius, alpha, steps, most_steps, F.cross_entropy), None
 
-    for x, y, _ in run.batches():
+    for x, y, _ in run.batches():  # not captured: the reward's attack looks at which images still move
         if (run.step + 1) % cfg.interval == 0:  # the strategy network ascends the reward: REINFORCE, one reward for the batch
             action, log_p = choose(strategy.train()(x), run.uniform)
             delta, beta = attack(action)
@@ -157,8 +170,8 @@ def main(cfg: Config) -> None:
             trained = descended(model, x, y, delta, beta, cfg, run.classes, run.lr, run.averaged)
             robust = strongest(trained, x, y, [eps * run.uniform(x) for _ in range(2)], eps, eps / 4, cfg.base != "awp", run.gathered)
             with torch.no_grad(), eval_mode(trained):
-                for delta, weight in ((robust, cfg.robust), (0, cfg.clean)):
-                    logits = run.gathered(trained(x + delta))
+                for shift, weight in ((robust, cfg.robust), (0, cfg.clean)):
+                    logits = run.gathered(trained(x + shift))
                     score = (logits.argmax(1) == labels).float().mean() if cfg.reward == "accuracy" else -F.cross_entropy(logits, labels)
                     found = found + weight * score
             decays = sum(run.step // cfg.interval >= round(part * run.total) for part in cfg.decays)  # of its own updates, as published
@@ -173,7 +186,7 @@ def main(cfg: Config) -> None:
             run.update(F.cross_entropy(clean_logits, y) + (beta * divergence(logits, clean_logits)).mean(), logits=logits)
         elif cfg.base == "awp":
             delta = project(delta, eps)  # whatever radius was chosen, as published
-            with perturbed_weights(model, lambda: F.cross_entropy(model(x + delta), y), cfg.gamma, run.averaged):
+            with run.moved(*perturb_weights(model, lambda: F.cross_entropy(model(x + delta), y), cfg.gamma, run.averaged)):
                 logits = model(x + delta)
                 run.update(F.cross_entropy(logits, y), logits=logits)
         else:

@@ -20,12 +20,15 @@ class Config(engine.Config):
     alpha: float | None = engine.step_size(1 / 4)
     steps: int = engine.flag(10, "steps of the attack", at_least=1)
     beta: float = engine.flag(0.0, "weight of TRADES's divergence: the papers' rows are 0 and 6", at_least=0)
-    teacher: str | None = engine.flag(None, "the clean network, a name from models, of the same --width (default: resnet18, and --arch itself for digits)")
+    teacher: str | None = engine.flag(None, "the clean network, a name from models (default: resnet18, and --arch itself for digits)")
+    teacher_width: int | None = engine.flag(None, "its width (default: --width, and its own beside a wide ResNet, whose --width is a factor)", at_least=1)
 
-    def check(self) -> None:
-        super().check()
+    def complete(self) -> None:
+        super().complete()
         if self.teacher is None:
             self.teacher = self.arch if self.dataset == "digits" else "resnet18"
+        if self.teacher_width is None and self.arch.startswith("wide") == self.teacher.startswith("wide"):
+            self.teacher_width = self.width
 
 
 def perturb(model, x, eta, eps, alpha, steps):
@@ -36,13 +39,13 @@ def perturb(model, x, eta, eps, alpha, steps):
     for _ in range(steps):
         gradient = input_gradient(model, x + delta, clean_logits, loss=lambda *logits: divergence(*logits).mean())
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
-    return inside_image(delta, x)
+    return delta
 
 
 def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
-    teacher = run.classifier(cfg.teacher)
+    teacher = run.classifier(cfg.teacher, cfg.teacher_width)
     run.optimizer.add_param_group({"params": list(teacher.parameters())})  # one optimizer for both, as published
     run.keep(teacher=teacher)
 

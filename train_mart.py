@@ -28,7 +28,7 @@ def perturb(model, x, target, eta, eps, alpha, steps):
     for _ in range(steps):
         gradient = input_gradient(model, x + delta, target)
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
-    return inside_image(delta, x)
+    return delta
 
 
 def boosted_cross_entropy(logits, y, target):

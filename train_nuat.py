@@ -21,11 +21,11 @@ class Config(engine.Config):
     nuclear: float = engine.flag(4.5, "largest weight of the nuclear norm; it grows from zero over the first nine tenths of the epochs")
 
 
-def perturb(model, x, target, start, eps, alpha, guide):
+def perturb(model, x, target, eta, eps, alpha, guide):
     """Inner maximisation: one step that climbs the cross-entropy plus `guide`, a function of the logits."""
-    start = inside_image(start, x)
-    gradient = input_gradient(model, x + start, target, loss=lambda logits, target: F.cross_entropy(logits, target) + guide(logits))
-    return inside_image(project(inside_image(start + alpha * gradient.sign(), x), eps), x)
+    eta = inside_image(eta, x)
+    gradient = input_gradient(model, x + eta, target, loss=lambda logits, target: F.cross_entropy(logits, target) + guide(logits))
+    return inside_image(project(inside_image(eta + alpha * gradient.sign(), x), eps), x)
 
 
 def nuclear_norm(logits, clean_logits, batch_size):
@@ -39,7 +39,7 @@ def main(cfg: Config) -> None:
     run = engine.Run(cfg)
     eps, alpha = cfg.eps, cfg.alpha / 255
 
-    for x, y, _ in run.batches():
+    for x, y, _ in run.batches():  # not captured: the singular values make a GPU wait
         target = soft_labels(y, run.classes, cfg.label_factor)
         weight = cfg.nuclear * min(run.epoch / (0.9 * cfg.epochs), 1)
         with torch.no_grad():

@@ -24,8 +24,8 @@ class Config(engine.Config):
     init: Literal["uniform", "zero"] = engine.flag("uniform", "where the attack starts: uniform noise in the ball, or zero")
     attack_bn: Literal["train", "eval"] = engine.flag("train", "BatchNorm's mode during the attack")
 
-    def check(self) -> None:
-        super().check()
+    def complete(self) -> None:
+        super().complete()
         if self.alpha is None:
             self.alpha = self.epsilon / (2 if self.steps == 2 else 4)
 

@@ -30,7 +30,7 @@ def perturb(model, x, eta, eps, alpha, steps):
     for _ in range(steps):
         gradient = input_gradient(model, x + delta, clean_logits, loss=lambda *logits: divergence(*logits).mean())
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
-    return inside_image(delta, x)
+    return delta
 
 
 def main(cfg: Config) -> None:

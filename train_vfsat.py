@@ -16,15 +16,20 @@ from utils import inside_image, soft_labels
 class Config(engine.Config):
     METHOD = "vfsat"
 
+    max_grad_norm: float | None = 20.0
+
     radii: str | None = engine.flag(None, "radii of the epochs, in 255ths, in turn (default: 2,4,6,8,8,8,8,8, and 2,4,...,14,16,16,16,16,16 at epsilon 16, "
                                     "as published; at other radii the first list times epsilon / 8)")
 
-    def check(self) -> None:
-        super().check()
+    def complete(self) -> None:
+        super().complete()
         if self.radii is None:
             published = [2, 4, 6, 8, 10, 12, 14] + 5 * [16] if self.epsilon == 16 else [radius * self.epsilon / 8 for radius in (2, 4, 6, 8, 8, 8, 8, 8)]
             self.radii = ",".join(str(radius) for radius in published)
-        engine.numbers("--radii", self.radii)
+
+    def check(self) -> None:
+        super().check()
+        engine.numbers("radii", self.radii)
 
 
 def perturb(model, x, target, eps):
@@ -34,14 +39,14 @@ def perturb(model, x, target, eps):
 
 def main(cfg: Config) -> None:
     run = engine.Run(cfg)
-    cycle = [radius / 255 for radius in engine.numbers("--radii", cfg.radii)]
+    cycle = [radius / 255 for radius in engine.numbers("radii", cfg.radii)]
 
     @run.captured
     def step(x, y, eps):
         target = soft_labels(y, run.classes, cfg.label_factor)
         delta = perturb(run.model, x, target, eps)  # BatchNorm in training mode, as published
         logits = run.model(x + delta)
-        run.update(F.cross_entropy(logits, target), logits=logits, max_norm=20)
+        run.update(F.cross_entropy(logits, target), logits=logits)
 
     for x, y, _ in run.batches():
         step(x, y, cycle[run.epoch % len(cycle)])

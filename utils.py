@@ -1,7 +1,7 @@
 """Tensor helpers that appear in the papers. Pure: tensors in, tensors out (the contexts restore what they change)."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def project(delta: Tensor, eps: float) -> Tensor:
-    """The papers' projection onto [-eps, eps], with a derivative of 1 inside, 1/2 on the bound and 0 outside.
+    """The papers' projection of each entry onto [-eps, eps], with a derivative of 1 inside, 1/2 on the bound and 0 outside.
 
     Written out because torch changed its own clamp's derivative on the bound between versions.
     """
@@ -89,21 +89,12 @@ def untracked(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def perturbed_weights(
-    model: nn.Module, loss: Callable[[], Tensor], gamma: float, averaged: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda gradients: gradients,
-) -> Iterator[None]:
-    """AWP's inner maximisation over the weights (Wu, Xia & Wang, NeurIPS 2020, Algorithm 1), in one step, as published.
-
-    Inside, every layer w is w + gamma ||w|| g / ||g||, with g the gradient of loss(). Only weights of two and more dimensions
-    move, and none along a gradient that is not finite. The pass that gives g leaves BatchNorm's averages alone. The weights
-    are put back by subtraction, so that what an optimizer did inside stays. `averaged` is over the processes.
-    """
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "weight" in name and p.requires_grad]
-    with untracked(model):
-        gradients = averaged(torch.autograd.grad(loss(), weights))
-    moves = [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
-    with torch.no_grad():
-        torch._foreach_add_(weights, moves)
-    yield
-    with torch.no_grad():
-        torch._foreach_sub_(weights, moves)
+def moved(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, each tensor is its move further. It is taken back by subtraction, so that what an optimizer did inside stays."""
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(tensors, moves)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_sub_(tensors, moves)

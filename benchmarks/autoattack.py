@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model-path", type=Path, help="a checkpoint of a network for the digits (default: one is trained)")
     parser.add_argument("--n", type=int, default=60, help="the first N test images, whose passes are counted (default: 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "autoattack.json")
-    args = parser.parse_args(argv)
+    args, code = parser.parse_args(argv), record.source()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder, path = Path(name), args.model_path
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         "what": "AutoAttack on the digits: its cost, and how far evaluations of one network disagree",
         "training": None if args.model_path else " ".join(TRAINING), "evaluation": " ".join(EVALUATION), "seed": 0,
         **{key: evaluation[key] for key in ("method", "arch", "epsilon", "n")}, "images_counted": len(x), "costs": counted, "evaluations": rows,
-        **record.provenance(torch.device("cpu"), "fp32")}, args.out)
+        **record.provenance(torch.device("cpu"), "fp32", code)}, args.out)
 
 
 if __name__ == "__main__":

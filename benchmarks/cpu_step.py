@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3, help="timed batches a round (default: 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "cpu-step.json")
-    args = parser.parse_args()
+    args, code = parser.parse_args(), record.source()
 
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -154,7 +154,7 @@ def main() -> None:
         "published": "https://github.com/jiaxiaojunQAQ/FGSM-SDI", "rounds": args.rounds, "batches_per_round": args.batches,
         "variants": {name: {"images_per_second": rate, "rounds": rates[name], "ours_faster_by": medians["ours"] / rate}
                      for name, rate in medians.items()},
-        **record.provenance(torch.device("cpu"), "fp32") | {"command": "python -m benchmarks.cpu_step --checkout DIR"},
+        **record.provenance(torch.device("cpu"), "fp32", code) | {"command": "python -m benchmarks.cpu_step --checkout DIR"},
     }, args.out)
     print({name: f"{rate:.1f} images/s, ours is faster by {medians['ours'] / rate:.2f}" for name, rate in medians.items()})
 

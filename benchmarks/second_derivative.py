@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="which network and penalty the compiled form is measured on; on a CPU each takes a minute to compile (default: first)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "second-derivative.json")
-    args = parser.parse_args(argv)
+    args, code = parser.parse_args(argv), record.source()
     device = chosen_device(args.device)
     timed = "bf16" if device.type == "cuda" else "fp32"  # as scripts train there
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         "what": "the parameters' gradient of a penalty on the input gradient, 32 x 32 images", "timed_in": timed,
         "width": args.width, "batch_size": args.batch_size, "updates": args.updates, "repeats": args.repeats, "rows": rows,
         "loss": loss,  # the same for the gradient of the loss itself, beside which the penalty's precision is to be seen
-        **record.provenance(device, "as in each row")}, args.out)
+        **record.provenance(device, "as in each row", code)}, args.out)
 
 
 if __name__ == "__main__":

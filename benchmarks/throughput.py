@@ -79,6 +79,9 @@ def limited(batches: int, warm_up: int, done: Any) -> type:
                 if self.epoch:
                     break
                 if given == warm_up:
+                    if self.device.type == "cuda":  # what compilation and the search for fast convolutions took does not count
+                        torch.cuda.empty_cache()
+                        torch.cuda.reset_peak_memory_stats(self.device)
                     middle = self._clock()
                 if given == batches:
                     done(self, middle - began, self._clock() - middle)
@@ -98,7 +101,7 @@ def ours(flags: tuple[str, ...], batches: int, warm_up: int) -> dict[str, Any]:
 
     def done(run: Any, before: float, timed: float) -> None:
         found.update(images_per_second=(batches - warm_up) * run.cfg.batch_size / timed, seconds_before=before, precision=run.precision,
-                     peak_memory_bytes=record.peak_memory(run.device), seconds_per_epoch=50_000 / ((batches - warm_up) * run.cfg.batch_size / timed))
+                     peak_memory_bytes=record.peak_memory(run.device), **reserved(run.device), seconds_per_epoch=50_000 / ((batches - warm_up) * run.cfg.batch_size / timed))
 
     script, *rest = flags
     module = importlib.import_module(script.removesuffix(".py"))
@@ -106,6 +109,11 @@ def ours(flags: tuple[str, ...], batches: int, warm_up: int) -> dict[str, Any]:
         engine.Run = limited(batches, warm_up, done)
         module.main(module.Config.parse(None, [*rest, "--out-dir", folder, "--co-guard", "off", "--save-every", "1e9"]))
     return found
+
+
+def reserved(device: torch.device) -> dict[str, int]:
+    """What torch holds of a GPU at the end: a recorded graph's memory too, which does not count as allocated while it is replayed."""
+    return {"reserved_memory_bytes": torch.cuda.memory_reserved(device)} if device.type == "cuda" else {}
 
 
 def floors(flags: tuple[str, ...]) -> dict[str, float]:
@@ -198,7 +206,14 @@ def main(argv: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peaks for key, peaks in PEAKS.items() if key in name), None)
     shared = ("--dataset", "cifar10", "--data-dir", str(args.data_dir), *shlex.split(args.flags))
+    about = {"what": "training, ResNet18, CIFAR-10", "flags": args.flags, "batches": args.batches, "warm_up": args.warm_up, "peaks": peak,
+             **record.provenance(device, "as in each row", record.source())}
     rows: dict[str, dict[str, Any]] = {}
+    if args.out.is_file():  # those of other methods stay, where all else is alike
+        before = record.read_json(args.out)
+        if any(before.get(key) != about[key] for key in ("flags", "batches", "warm_up", "commit", "dirty", "versions", "device")):
+            raise Misuse(f"--out {args.out}: it was measured with other flags, versions or on another device or commit: give another file, or delete it")
+        rows = before["rows"]
     if args.checkout:
         rows["published FGSM-SDI"] = apart(published, args.checkout.resolve(), args.data_dir.resolve(), args.batches, args.warm_up, device.type)
         print("published FGSM-SDI", rows["published FGSM-SDI"], flush=True)
@@ -215,8 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[label] = row
         print(label, json.dumps(row), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json({"what": "training, ResNet18, CIFAR-10", "flags": args.flags, "batches": args.batches, "warm_up": args.warm_up, "peaks": peak, "rows": rows,
-                           **record.provenance(device, "as in each row")}, args.out)
+        record.write_json(about | {"rows": rows}, args.out)
 
 
 if __name__ == "__main__":

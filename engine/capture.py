@@ -6,6 +6,7 @@ be part of what tells recordings apart; a step that reads a number which would b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,9 +124,7 @@ class Captured:
         key = tuple(tuple(a.shape) if isinstance(a, Tensor) else float if isinstance(a, float) else a for a in arguments)
         seen = self.calls[key] = self.calls.get(key, -1) + 1
         if not run._captures:
-            if seen or not run.cfg.compile:
-                return self._plainly(arguments)
-            with run._preparing():
+            with run._preparing() if run.cfg.compile and not seen else nullcontext():
                 return self._plainly(arguments)
         if key in self.recordings:
             replay, numbers, addresses, updates = self.recordings[key]

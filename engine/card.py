@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ class Subject:
     @cached_property
     def adversarial(self) -> tuple[Tensor, Tensor]:
         """PGD-10's images, and their verdicts as judged at once."""
-        starts = self.start(stream=3)
+        starts = self.start("ball")
         x_adv = self.batched(lambda x, y, start: x + attacks.pgd(
             self.model, x, y, eps=self.eps, alpha=self.alpha, steps=10, start=start), self.images, self.labels, starts)
         return x_adv, self.batched(self.predict, x_adv) == self.labels
@@ -104,8 +103,8 @@ class Subject:
     def predict(self, x: Tensor) -> Tensor:
         return attacks.predict(self.model, x)
 
-    def start(self, stream: int) -> Tensor:
-        """Uniform in the ball: the same for every model. The evaluation's own streams are 0 to 2."""
+    def start(self, stream: str) -> Tensor:
+        """Uniform in the ball: the same for every model."""
         noise = torch.rand(self.images.shape, generator=evaluation_generator(self.seed, stream))
         return self.eps * (2 * noise - 1).to(self.device)
 
@@ -152,7 +151,7 @@ def determinism(of: Subject) -> Measured:
 
 
 def batch(of: Subject) -> Measured:
-    order = torch.randperm(of.n, generator=evaluation_generator(of.seed, 4)).to(of.device)
+    order = torch.randperm(of.n, generator=evaluation_generator(of.seed, "order")).to(of.device)
     shuffled = torch.empty_like(of.clean)
     shuffled[order] = of.logits(of.images[order])
     few = of.images[:16]
@@ -222,14 +221,14 @@ def gradients(of: Subject) -> Measured:
         largest = [attacks.input_gradient(of.model, x, y, loss).flatten(1).abs().amax(1) for loss in (summed_cross_entropy, summed_margin)]
         return torch.stack([~(g.isfinite() & (g > 1e-30)) for g in largest]).any(0)
 
-    value = percent(of.batched(dead, of.images + inside_image(of.start(stream=3), of.images), of.labels))
+    value = percent(of.batched(dead, of.images + inside_image(of.start("ball"), of.images), of.labels))
     return value, 1, f"the gradient of cross-entropy or margin is zero, underflows or is not finite on {value:.1f} % of the images"
 
 
 def slope(of: Subject) -> Measured:
     h = of.eps / 100
-    points = (of.images + of.start(stream=3)).clamp(h, 1 - h)
-    directions = of.start(stream=5).sign()
+    points = (of.images + of.start("ball")).clamp(h, 1 - h)
+    directions = of.start("directions").sign()
 
     def slopes(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         told = (attacks.input_gradient(of.model, x, y, summed_margin) * d).flatten(1).sum(1)
@@ -297,7 +296,7 @@ def black_box(of: Subject) -> Measured:
     standing = of.white_box.nonzero().squeeze(1).to(of.device)
     if len(standing) == 0:
         return 0.0, 0.0, "no image stood the gradient's attacks"
-    generator = evaluation_generator(of.seed, 6)
+    generator = evaluation_generator(of.seed, "square")
     x, y = of.images[standing], of.labels[standing]
     delta = of.batched(lambda x, y: attacks.square(of.model, x, y, eps=of.eps, queries=QUERIES, generator=generator), x, y)
     fell = (of.batched(of.predict, x + delta) != y).sum().item()
@@ -370,13 +369,13 @@ A measurement that returns None is optional, and there was nothing to measure: A
 
 def build(
     model: nn.Module, x: Tensor, y: Tensor, *, found: dict[str, Tensor], n: int, classes: int, eps: float, alpha: float,
-    seed: int, batch_size: int, saved: Path | None = None,
+    seed: int, batch_size: int, saved: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The card of an evaluation, on its first n images (0: none, and the card is not trusted).
 
     Args:
         x, y, eps, alpha, seed, batch_size: as for `evaluate.verdicts`, which made `found`.
-        saved: the file that `evaluate.auto_attack` left, where `found` has its columns.
+        saved: what is in the file that `evaluate.auto_attack` left, where `found` has its columns.
 
     Returns:
         trusted (bool), reason (a sentence), n, seconds, and checks: for each its name, status ("pass", "fail" or "not
@@ -388,8 +387,7 @@ def build(
         checks = [entry(name, reason) for name in CHECKS]
     else:
         with evaluate.trustworthy(), eval_mode(model):
-            subject = Subject(model, x, y, found, n, classes, eps, alpha, seed, batch_size,
-                              torch.load(saved, map_location="cpu", weights_only=True) if saved else None)
+            subject = Subject(model, x, y, found, n, classes, eps, alpha, seed, batch_size, saved)
             checks = [examine(name, subject) for name in CHECKS]
         wrong = [check["name"] for check in checks if check["required"] and check["status"] != "pass"]
         reason = f"not passed: {', '.join(wrong)}" if wrong else "every required check passed"

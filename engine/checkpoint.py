@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any, IO
@@ -33,6 +34,14 @@ def load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of a state_dict's names and numbers: which network it is, whatever file it lies in."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """A run's state.
 
@@ -41,6 +50,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = load(path)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:
         raise Misuse(f"{path} is damaged or not a run's state ({type(error).__name__}): start again with --resume never, or in another --out-dir") from error
     if not isinstance(state, dict) or "position" not in state:
@@ -48,8 +59,8 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
-"""The flags that a resumed run may be given anew."""
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "precision", "workers", "snapshots", "co_guard", "on_nonfinite"}
+"""The flags that a resumed run may be given anew; of the precision only what it is called may change."""
 
 
 def find(path: Path, cfg: Config) -> dict[str, Any] | None:

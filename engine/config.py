@@ -46,7 +46,7 @@ MOST = 100_000  # numbers in one flag
 
 
 def numbers(name: str, text: str) -> list[float]:
-    """What a flag that holds several numbers, none of them negative, says: "2,4,8" is 2, 4, 8 and "3-5" is 3, 4, 5.
+    """What the flag of the field `name`, one that holds several numbers, none of them negative, says: "2,4,8" is 2, 4, 8 and "3-5" is 3, 4, 5.
 
     Raises:
         Misuse: it says something else.
@@ -58,7 +58,7 @@ def numbers(name: str, text: str) -> list[float]:
             return found
     except ValueError:
         pass
-    raise Misuse(f"{name} {text}: must be numbers that are not negative, as 2,4,8 or 3-5")
+    raise Misuse(f"{spelled(name)} {text}: must be numbers that are not negative, as 2,4,8 or 3-5")
 
 
 def by_dataset(text: str, **extra: Any) -> Any:
@@ -89,6 +89,7 @@ class Config:
     cyclic_top: float = flag(0.5, "the part of the run at which cyclic has its peak (GradAlign's own code: 0.4)")
     cycle_momentum: bool = flag(True, "let a schedule that moves the momentum do so (the papers' scripts do)")
     weight_decay: float | None = by_dataset("on all parameters", at_least=0)
+    max_grad_norm: float | None = flag(None, "largest L2 norm of the classifier's gradient, a longer one is scaled down; default: none, or what the method's code has", at_least=0)
     epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths", at_least=0)
     label_factor: float = flag(1.0, "probability kept on the true class, the rest is spread evenly over the others")
     ema: float = flag(0.0, "decay of a weight average that is evaluated beside the weights (FastAT Benchmark: 0.9995); 0: none")
@@ -125,9 +126,15 @@ class Config:
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
     DECAYS: ClassVar[tuple[float, ...]] = (100 / 110, 105 / 110)  # multistep's, as parts of the run
     METHOD: ClassVar[str] = ""
+    SAME_SIZES: ClassVar[bool] = True  # whether its attack passes whole batches through the network
     COMPILES: ClassVar[bool] = True  # whether the network bears it; the step is recorded all the same
 
     def __post_init__(self) -> None:
+        self.complete()
+        self.check()
+
+    def complete(self) -> None:
+        """Fills in what follows from other flags, which may still hold what is not allowed. A script with such defaults of its own extends it."""
         recipe = RECIPES.get(self.dataset)
         if recipe is None:
             raise Misuse(f"--dataset {self.dataset}: allowed are {', '.join(RECIPES)}")
@@ -143,7 +150,6 @@ class Config:
                 setattr(self, field.name, multiple * self.epsilon)
         if self.out_dir is None:
             self.out_dir = f"output/{self.METHOD or 'run'}-{self.dataset}-seed{self.seed}"
-        self.check()
 
     @property
     def eps(self) -> float:
@@ -154,7 +160,7 @@ class Config:
     def decays(self) -> Sequence[float]:
         """After which parts of the run multistep divides the rate by 10."""
         if self.milestones:
-            return [epoch / self.epochs for epoch in numbers("--milestones", self.milestones)]
+            return [epoch / self.epochs for epoch in numbers("milestones", self.milestones)]
         return RECIPES[self.dataset].get("decays", self.DECAYS)
 
     def schedule(self) -> Callable[[int, int, int], Rates]:
@@ -177,7 +183,7 @@ class Config:
             raise Misuse(f"--lr-schedule {self.lr_schedule}: allowed are {', '.join(SCHEDULES)}")
         for name in ("milestones", "snapshots"):
             if getattr(self, name):
-                numbers(spelled(name), getattr(self, name))
+                numbers(name, getattr(self, name))
         if self.image_size is not None and "image_size" not in RECIPES[self.dataset]:
             raise Misuse(f"--image-size {self.image_size}: images of {self.dataset} have a size of their own; leave it out")
         if self.decode == "gpu" and self.augment == "none":

@@ -40,6 +40,7 @@ SETS: dict[str, dict] = {
 """What is known of each data set beforehand: see `Dataset`."""
 
 DATA, _NOISE, _EVALUATION, CROP = range(4)  # streams of random numbers that must never meet
+STREAMS = {"fgsm": 0, "pgd": 1, "cw": 2, "ball": 3, "order": 4, "directions": 5, "square": 6, "figures": 9}  # the evaluation's own
 
 
 def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -50,13 +51,12 @@ def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch
 
 def noise_generator(generator: torch.Generator, seed: int, step: int) -> None:
     """Puts `generator` at the start of the attack noise of batch `step` of the run."""
-    state = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1, np.uint64)[0]
-    generator.manual_seed(int(state) >> 1)
+    generator.manual_seed(seeded(seed, _NOISE, step).initial_seed())
 
 
-def evaluation_generator(seed: int, stream: int) -> torch.Generator:
-    """The generator of an evaluation's random starts."""
-    return seeded(seed, _EVALUATION, stream)
+def evaluation_generator(seed: int, stream: str) -> torch.Generator:
+    """The generator of an evaluation's random numbers: a stream for each of their uses."""
+    return seeded(seed, _EVALUATION, STREAMS[stream])
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,11 @@ class Dataset:
         return stream.centres(x, self.crop)
 
     def split(self, train_size: int | None, val_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """x_train, y_train, x_val, y_val: the last `val_size` training images are held out, the first ones train."""
+        """x_train, y_train, x_val, y_val: the last `val_size` training images are held out, the first ones train.
+
+        Raises:
+            Misuse: there are not as many.
+        """
         n = len(self.x_train) - val_size
         if n < 1 or (train_size or 1) > n:
             raise Misuse(f"--train-size {train_size} and --val-size {val_size}: {self.name} has only {len(self.x_train)} training images")
@@ -139,7 +143,7 @@ def _checked(path: Path, name: str, classes: int | None, **more: Any) -> Dataset
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except KeyError as error:
         raise Misuse(f"{path} has no array {error}: a data set holds x_train, y_train, x_test, y_test; {remedy}") from error
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise Misuse(f"{path} is damaged ({error}): {remedy}") from error

@@ -29,14 +29,18 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def set_up(device: torch.device, deterministic: bool) -> None:
-    """torch's own settings for training on `device`."""
+def set_up(device: torch.device, deterministic: bool, *, same_sizes: bool = True) -> None:
+    """torch's own settings for training on `device`.
+
+    Args:
+        same_sizes: whether a network's batches have few sizes, for each of which cuDNN then looks for the fastest convolutions.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = same_sizes
     if device.type == "cpu":
         keep_freed_memory()
 

@@ -57,7 +57,7 @@ def leaving() -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        print(f"error: process {rank()} of {world()} has lost another one, whose own message or torchrun's below says why", file=sys.stderr, flush=True)
+        print(f"error: process {rank()} of {world_size()} has lost another one, whose own message or torchrun's below says why", file=sys.stderr, flush=True)
         time.sleep(1)  # torchrun calls the process that ended first the cause
         status = 1
     finally:
@@ -74,7 +74,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -85,11 +85,11 @@ def cores() -> int:
 
 def shard(n: int) -> slice:
     """This process's contiguous part of n items, the parts differing by at most one item."""
-    r, w = rank(), world()
+    r, w = rank(), world_size()
     return slice(-(-n * r // w), -(-n * (r + 1) // w))  # rounded up: the first process always has something
 
 
-def sum_(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if dist.is_initialized():
         for tensor in tensors:
@@ -138,11 +138,11 @@ def gathered(part: Tensor, n: int) -> Tensor:
     return summed(whole, len(part) / n or NO_SHARE).to(part.dtype)
 
 
-def collected(rows: Tensor) -> Tensor:
+def gather(rows: Tensor) -> Tensor:
     """On the first process all processes' rows (n, ...), in the processes' order; on another its own. On the CPU, under `seldom`."""
     if not dist.is_initialized():
         return rows
-    counts = torch.zeros(world(), dtype=torch.int64)
+    counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(rows)
     dist.all_reduce(counts)
     if rank() > 0:
@@ -157,7 +157,7 @@ def collected(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def most(value: int, device: torch.device) -> int:
+def maximum(value: int, device: torch.device) -> int:
     """The largest value on any process."""
     if not dist.is_initialized():
         return value
@@ -166,14 +166,14 @@ def most(value: int, device: torch.device) -> int:
     return int(shared)
 
 
-def copy_from_first(tensors: list[Tensor]) -> None:
+def broadcast(tensors: list[Tensor]) -> None:
     """Each tensor becomes that of the first process, in place."""
     if dist.is_initialized():
         for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
             work.wait()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
@@ -183,7 +183,7 @@ def wait() -> None:
 def first_process_first() -> Iterator[None]:
     """The other processes go through the block when the first one has: it makes the files that they then find."""
     if rank() > 0:
-        wait()
+        barrier()
     yield
     if rank() == 0:
-        wait()
+        barrier()

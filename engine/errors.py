@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -74,7 +75,7 @@ def nobody_reads(stream: object) -> bool:
         return False
 
 
-def stop(sentence: str, status: int) -> None:
+def stop(sentence: str, status: int) -> NoReturn:
     """Prints the sentence on stderr and exits."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(status)

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ AUTOATTACK_COLUMNS = ("apgd", "aa")
 
 @contextmanager
 def trustworthy():
-    """fp32 means fp32, and nothing that happens here moves anybody else's random numbers."""
+    """fp32 means fp32, and nothing that happens here moves anybody else's random numbers.
+
+    cuDNN does not look for the fastest convolutions: attacks leave images alone that have fallen, and each number of images would be another search.
+    """
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     allowing = [library for library in (torch.backends.cuda.matmul, torch.backends.cudnn) if library.allow_tf32]
     for library in allowing:  # the others are not touched: torch.compile takes "set to False" for another state than "never set"
         library.allow_tf32 = False
@@ -33,6 +38,7 @@ def trustworthy():
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the default, without its warning where there are several
             yield
     finally:
+        torch.backends.cudnn.benchmark = searching
         for library in allowing:
             library.allow_tf32 = True
 
@@ -57,7 +63,7 @@ def verdicts(
     """
     weight, search = next(model.parameters()), model if search is None else search
     device = weight.device
-    starts = {name: evaluation_generator(seed, stream) for stream, name in enumerate(("fgsm", "pgd", "cw"))}
+    starts = {name: evaluation_generator(seed, name) for name in ("fgsm", "pgd", "cw")}
     lengths = sorted(int(column[3:]) for column in columns if column.startswith("pgd"))
     for name in {"pgd" if column.startswith("pgd") else column for column in columns} & starts.keys():
         for passed in range(0, first, batch_size):  # the other images' numbers
@@ -101,7 +107,8 @@ def auto_attack(
         x, y: all images, on every process; eps, seed, batch_size, search: as for `verdicts`. What is found counts where `model`
             is fooled, too.
         classes: as for `attacks.auto_attack`.
-        path: the file in which the first process leaves, after each attack, the verdicts and the adversarial images.
+        path: the file in which the first process leaves, after each attack, the verdicts, the adversarial images, whose code's they are, the
+            seconds that they took, and what the package warned of.
 
     Returns:
         For each of the columns asked for, (N,) bool on the CPU.
@@ -113,19 +120,25 @@ def auto_attack(
         return torch.cat([(attacks.predict(model, part.to(device)) == label.to(device)).cpu()
                           for part, label in zip(points.split(batch_size), labels.split(batch_size))])
 
+    def report(line: str) -> None:
+        if line.startswith("warning: "):
+            state["warnings"].append(line.removeprefix("warning: "))
+        if line.startswith("warning: ") or "successfully" in line:
+            log(line)
+
     def attacked(points: Tensor, labels: Tensor, attack: str) -> tuple[Tensor, Tensor]:
         """Adversarial images, and which still stand."""
         x_adv, still = (found.cpu() for found in attacks.auto_attack(
-            model if search is None else search, points, labels, attack=attack, eps=eps, seed=seed, batch_size=batch_size, classes=classes,
-            log=lambda line: log(line) if "successfully" in line or line.startswith("warning") else None))
+            model if search is None else search, points, labels, attack=attack, eps=eps, seed=seed, batch_size=batch_size, classes=classes, log=report))
         if search is not None and not still.all():
             still[~still] = stand(x_adv[~still], labels[~still])
         return x_adv, still
 
     with trustworthy(), eval_mode(model):
-        identity = _fingerprint(model, x, y, eps, seed, batch_size)
-        state = (_load_attacks(path, identity, log) if leads else None) or {
-            "identity": identity, "batch_size": batch_size, "standing": {}, "x_adv": images.clone()}
+        identity = _fingerprint(model, x, y, eps, seed)
+        state = (_load_attacks(path, identity, log, batch_size) if leads else None) or {
+            "identity": identity, "batch_size": batch_size, "standing": {}, "x_adv": images.clone(), "seconds": 0.0, "warnings": []}
+        state["source"] = record.continued(record.source(), state.get("source"))
         verdict = state["standing"] = _of_first(state["standing"], len(x))
         if "clean" not in verdict:
             part = distributed.shard(len(x))
@@ -133,14 +146,16 @@ def auto_attack(
         standing = verdict["clean"]
         for attack in wanted:
             if attack not in verdict:
+                began = time.perf_counter()
                 which, verdict[attack] = standing.nonzero().squeeze(1), standing.clone()
                 if len(which):
                     mine = which[distributed.shard(len(which))]
                     x_adv, still = attacked(images[mine], y[mine], attack) if len(mine) else (images[mine], standing[mine])
                     verdict[attack][which] = distributed.gathered(still, len(which))
-                    fooled = distributed.collected(x_adv[~still])
+                    fooled = distributed.gather(x_adv[~still])
                     if leads:
                         state["x_adv"][standing & ~verdict[attack]] = fooled
+                state["seconds"] += time.perf_counter() - began
                 if leads:
                     checkpoint.save(state, path)
             standing = verdict[attack]
@@ -155,7 +170,7 @@ def _of_first(verdicts: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     for row, name in zip(table, names):
         if name in verdicts:
             row.copy_(verdicts[name])
-    distributed.copy_from_first([table])
+    distributed.broadcast([table])
     return {name: row.bool() for row, name in zip(table, names) if row[0] != absent}
 
 
@@ -169,15 +184,18 @@ def _fingerprint(model: nn.Module, x: Tensor, y: Tensor, *settings: float) -> st
     return digest.hexdigest()
 
 
-def _load_attacks(path: Path, identity: str, log: Callable[[str], None]) -> dict[str, Any] | None:
+def _load_attacks(path: Path, identity: str, log: Callable[[str], None] = lambda line: None, batch_size: int | None = None) -> dict[str, Any] | None:
+    """The evaluation that `path` holds, if it is this one; with batches of that many images, where that is said: random starts are drawn by the batch."""
     if not path.is_file():
         return None
     try:
         state = checkpoint.load(path)
-        if state["identity"] == identity:
+        if state["identity"] == identity and batch_size in (None, state["batch_size"]):
             log(f"continuing from {path}: {', '.join(state['standing'])} done")
             return state
         log(f"{path} belongs to another evaluation; starting anew")
+    except (PermissionError, MemoryError):
+        raise
     except Exception:
         log(f"{path} is damaged; starting anew")
     return None
@@ -190,6 +208,8 @@ def columns_named(text: str) -> tuple[str, ...]:
         Misuse: an unknown column.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise Misuse(f"--attacks {text}: must name a column: {', '.join(COLUMNS)}, or pgdN for any N")
     for name in names:
         if name not in COLUMNS and not re.fullmatch("pgd[1-9][0-9]{0,5}", name):
             raise Misuse(f"{name!r} is no column of the evaluation: allowed are {', '.join(COLUMNS)}, and pgdN for any N")
@@ -197,7 +217,7 @@ def columns_named(text: str) -> tuple[str, ...]:
     return tuple(name for name in order if name in names)
 
 
-class Compiled(nn.Module):
+class CompiledSearch(nn.Module):
     """`model` by torch.compile, to search with. Every batch is filled up to a multiple of a quarter of the largest: at most eight graphs.
 
     `model` itself is frozen for good: a compiled network computes the gradients of all weights that could ask for one.
@@ -235,10 +255,10 @@ class Compiled(nn.Module):
 LARGEST_BATCH = 1024  # so that an attack has several batches to report of
 
 
-def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, path: Path) -> int:
-    """How many images per batch, where nobody said: the same on every process.
+def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, path: Path) -> int:
+    """How many images per batch, where nobody said: the same on every process. Arguments as for `auto_attack`.
 
-    As many as the evaluation had that `path` continues; otherwise 500 on the CPU, and on a GPU the power of two, up to
+    As many as the evaluation had that goes on from `path`; otherwise 500 on the CPU, and on a GPU the power of two, up to
     `LARGEST_BATCH`, that half of its free memory holds.
     """
     device, batch_size = next(model.parameters()).device, 500
@@ -249,10 +269,10 @@ def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, path: Path) -> int:
             attacks.input_gradient(model, images, labels)
         each = (torch.cuda.max_memory_allocated(device) - before) / len(images)
         batch_size = power_of_two(torch.cuda.mem_get_info(device)[0] / 2 / each)
-    chosen = torch.tensor(-distributed.most(-batch_size, torch.device("cpu")))
-    with suppress(Exception):  # there is none, or it is damaged, as `auto_attack` will say
-        chosen.fill_(checkpoint.load(path)["batch_size"])
-    distributed.copy_from_first([chosen])
+    chosen = torch.tensor(-distributed.maximum(-batch_size, torch.device("cpu")))
+    if before := _load_attacks(path, _fingerprint(model, x, y, eps, seed)):
+        chosen.fill_(before["batch_size"])
+    distributed.broadcast([chosen])
     return int(chosen)
 
 
@@ -262,13 +282,8 @@ def power_of_two(most: float) -> int:
 
 
 def check_finite(model: nn.Module, x: Tensor) -> None:
-    """Raises Failure when the network's logits are not finite on clean images."""
+    """Raises Failure when the network's logits are not finite on clean images x, (N, H, W, C) uint8."""
     device = next(model.parameters()).device
     with torch.no_grad(), eval_mode(model):
         if not torch.isfinite(model(to_images(x[:64].to(device)))).all():
             raise Failure("the network's logits on clean images are not finite: the weights are damaged, or the training diverged")
-
-
-def metrics(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Per column the accuracy in percent, n, and its 95 % interval."""
-    return {column: record.percent(standing) for column, standing in found.items()}

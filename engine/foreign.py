@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from engine import checkpoint
 from engine.data import NORMALISATIONS as NORMALISATIONS_OF_DATASETS
 from engine.errors import Misuse
 
@@ -487,7 +488,7 @@ def _name(carried: list[tuple[float, ...]], table: dict[str, tuple]) -> str:
 
 def load(
     path: str | Path, *, model: str | None = None, normalise: str | None = None, which: str = "best",
-    images: Tensor | None = None, labels: Tensor | None = None, device: torch.device | str = "cpu",
+    images: Tensor | None = None, labels: Tensor | None = None, device: torch.device | str = "cpu", container: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a checkpoint, in eval mode on `device`, and a report of how it was read.
 
@@ -497,18 +498,19 @@ def load(
         which: which one of a file that holds several: best, last or best_test.
         images, labels: float32 (N, C, H, W) in [0, 1] and int64 (N,), clean training images, a thousand say.
             Where several networks fit, the one that is right on most of them is taken.
+        container: what `read` says of `path`, where it has been asked; a file may change.
 
     Returns:
-        The network, and a dict that json can write: path, container, prefix, arch, classes, channels, width
+        The network, and a dict that json can write: path, sha256 (`checkpoint.digest` of the weights), container, prefix, arch, classes, channels, width
         (None: the architecture's own), normalise, mean, std, candidates (arch, normalise and accuracy in
-        percent, None where there was nothing to compare), reason (why this one), notes (what was changed or
-        deserves doubt).
+        percent, None where there was nothing to compare), reason (why this one), notes (what was changed), doubts
+        (why it may be another one, or not made for these images).
 
     Raises:
         Misuse: the file or a name is not usable, the weights do not fit, or several networks fit and there
             are no images to choose by.
     """
-    container = read(path)
+    container = read(path) if container is None else container
     with _naming(path):
         weights, origin = unwrap(container, which)
         found = candidates(weights, arch=origin.arch, model=model, normalise=normalise)
@@ -524,14 +526,14 @@ def load(
                     chosen, net = candidate, trial
                 accuracies.append(accuracy)
     reason, doubts = _justified(found, accuracies, chosen, 0 if images is None else len(images))
-    notes = origin.notes + _overruled(chosen, origin.arch, weights, model, normalise) + doubts
+    notes = origin.notes + _overruled(chosen, origin.arch, weights, model, normalise)
     return net, {
-        "path": str(path), "container": origin.container, "prefix": origin.prefix,
+        "path": str(path), "sha256": checkpoint.digest(net.state_dict()), "container": origin.container, "prefix": origin.prefix,
         "arch": chosen.arch, "classes": chosen.classes, "channels": chosen.channels, "width": chosen.width,
         "normalise": chosen.normalise, "mean": list(chosen.mean), "std": list(chosen.std),
         "candidates": [{"arch": candidate.arch, "normalise": candidate.normalise, "accuracy": accuracy}
                        for candidate, accuracy in zip(found, accuracies)],
-        "reason": reason, "notes": notes,
+        "reason": reason, "notes": notes, "doubts": doubts,
     }
 
 

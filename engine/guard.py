@@ -96,7 +96,7 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers and lists."""
-        return {name: value for name, value in vars(self).items() if name not in ("mode", "keeps", "failure")}
+        return {name: getattr(self, name) for name in ("alarms", "alarmed", "rollbacks", "good", "level", "sums", "tested")}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes up a saved state."""
@@ -146,7 +146,7 @@ class Guard:
         run._finite.read()
         before, self.sums = self.sums, [run._sums["loss"].item(), run._sums["seen"].item()]
         loss = (self.sums[0] - before[0]) / max(self.sums[1] - before[1], 1.0)
-        fell = bool(distributed.most(int(self.level is not None and loss < LOSS_FALL * self.level), run.device))
+        fell = bool(distributed.maximum(int(self.level is not None and loss < LOSS_FALL * self.level), run.device))
         self.level = loss if fell or self.level is None else self.level + LOSS_MEMORY * (loss - self.level)
         if not fell and self.sums[1] - self.tested < TEST_EVERY:
             return False
@@ -215,17 +215,14 @@ class Guard:
         if saved is None or saved["position"]["step"] != self.good:
             raise Failure(f"{sentence}; there is no {path} of update {self.good} to go back to, because the run began without "
                           "--co-guard rollback: start again with it and --resume never")
-        alarms, rollbacks, seconds = self.alarms, self.rollbacks + 1, dict(run._seconds)
+        alarms, rollbacks = self.alarms, self.rollbacks + 1
         if distributed.rank() == 0:
             print(f"warning: {sentence}; rollback {rollbacks} of at most {ROLLBACKS}, to update {self.good}: "
                   f"the images now come with noise of {rollbacks} x epsilon", flush=True)
             if (run.out_dir / GOOD_BEST).is_file():
                 _link(run.out_dir / GOOD_BEST, run.out_dir / "best.pth")  # a weight average may have become the best one since
-        run._saved = saved
-        run._restore()
+        run._go_back(saved)
         self.alarms, self.rollbacks = alarms, rollbacks
-        lost = seconds["training"] - run._seconds["training"]
-        run._seconds = seconds | {"training": run._seconds["training"], "rolled_back": seconds.get("rolled_back", 0.0) + lost}
         run._save()
 
 

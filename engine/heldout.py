@@ -58,7 +58,7 @@ class HeldOut:
             network, x, y, columns=columns, eps=self.cfg.eps, alpha=self.cfg.eps / 4, seed=self.cfg.seed,
             batch_size=self.batch_size, first=distributed.shard(n).start)
         counts = torch.tensor([*(float(found[column].sum()) for column in columns), len(y)], dtype=torch.float64, device=self.device)
-        distributed.sum_([counts])
+        distributed.all_reduce([counts])
         return counts.tolist()
 
     def settings(self) -> dict[str, float]:

@@ -26,19 +26,18 @@ class Classifier(nn.Module):
             return self.network(x).float()
 
 
-def build(cfg: Config, dataset: data.Dataset, device: torch.device, arch: str | None = None) -> nn.Module:
-    """A new network of --arch, or of another name from `models`, for the data set's images.
+def build(cfg: Config, dataset: data.Dataset, device: torch.device, arch: str, width: int | None) -> nn.Module:
+    """A new network from `models` for the data set's images.
 
     Raises:
         Misuse: there is none of that name and size for such images.
     """
-    named, arch = ("the other network" if arch else "--arch"), arch or cfg.arch
     statistics = data.NORMALISATIONS[cfg.dataset] if cfg.normalise == "dataset" else None
     try:
-        network = models.build(arch, classes=dataset.classes, channels=dataset.channels, width=cfg.width, normalise=statistics,
+        network = models.build(arch, classes=dataset.classes, channels=dataset.channels, width=width, normalise=statistics,
                                image_size=dataset.image_size)
     except ValueError as error:
-        raise Misuse(f"{named} {arch}: {error}") from error
+        raise Misuse(f"{'--arch' if arch == cfg.arch else 'the other network'} {arch}: {error}") from error
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -49,11 +48,11 @@ def seen_by_scripts(network: nn.Module, cfg: Config, autocast: torch.dtype | Non
     return Classifier(network, autocast).train()
 
 
-def autocast(cfg: Config, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
     """What --precision has the network run in while it trains; None: in its parameters' own numbers."""
     use = cfg.precision == "bf16"
     if cfg.precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        use = device.type == "cuda" and torch.get_default_dtype() == torch.float32 and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if use else None
 
 

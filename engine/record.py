@@ -90,11 +90,11 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def provenance(device: torch.device, precision: str, code: dict[str, Any] | None = None) -> dict[str, Any]:
+def provenance(device: torch.device, precision: str, code: dict[str, Any]) -> dict[str, Any]:
     """Commit, versions and machine of a measurement. `code`: what `source` said when the program began; a tree may change while it runs."""
     return {
-        **(code or source()),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        **code,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": torch.version.cuda,
                      "pyautoattack": _version("pyautoattack")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -111,23 +111,23 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def source(before: dict[str, Any] | None = None) -> dict[str, Any]:
+def continued(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """What `source` says of a measurement that another tree began: dirty where one part of it is, and the other commits listed.
+
+    Args:
+        before: what this said of the earlier part; None where there is none.
+    """
+    if before is None:
+        return source
+    earlier = [commit for commit in (*before.get("earlier_commits", ()), before["commit"]) if commit != source["commit"]]
+    return source | {"dirty": source["dirty"] or before["dirty"], **({"earlier_commits": list(dict.fromkeys(earlier))} if earlier else {})}
+
+
+def source() -> dict[str, Any]:
     """The code's commit, and whether the tree differs from it: from git, or from SOURCE_COMMIT where the tree was exported without its history.
 
     Files in results/ do not count: what one measurement writes does not change what the next one measures.
-
-    Args:
-        before: what it said of an earlier part of the same measurement, which is dirty where one part is; other commits are listed.
     """
-    found = _tree()
-    if before is not None:
-        found["dirty"] |= before["dirty"]
-        if earlier := [commit for commit in (*before.get("earlier_commits", ()), before["commit"]) if commit != found["commit"]]:
-            found["earlier_commits"] = list(dict.fromkeys(earlier))
-    return found
-
-
-def _tree() -> dict[str, Any]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 

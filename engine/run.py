@@ -28,6 +28,7 @@ from engine.journal import Journal
 from engine.kept import Kept
 from engine.memory import Memory
 from engine.schedule import MOMENTUM
+from utils import moved
 
 _STOP = 2  # more than 1, which is to save and go on
 
@@ -44,8 +45,8 @@ class Position:
 class Run:
     """One training run of one method. A script uses `model`, `batches`, `update`, `keep`, and `uniform`/`normal`.
 
-    `batch` (in the epoch), `step` (updates of the classifier so far), `epoch` and `progress` (in [0, 1]) are to be read.
-    What begins with an underscore is for the engine alone: the guard and captured steps use it too.
+    `batch` (in the epoch), `step` (updates of the classifier so far), `epoch` and `progress` (in [0, 1]) are to be read; all that
+    a script may call is in docs/engine.md. What begins with an underscore is for the engine alone: the guard and captured steps use it too.
 
     Args:
         cfg: the method's configuration.
@@ -62,19 +63,25 @@ class Run:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
-        self._source = record.source((self._saved or {}).get("source"))
-        if distributed.most(int(self._saved is not None), self.device) and self._saved is None:
+        self._source = record.continued(record.source(), (self._saved or {}).get("source"))
+        if distributed.maximum(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
-        set_up(self.device, cfg.deterministic)
+        set_up(self.device, cfg.deterministic, same_sizes=cfg.SAME_SIZES)
 
         self._prepare_data()
         if self._saved is not None and self._saved.get("data", self._identity) != self._identity:
             raise Misuse(f"--data-dir {cfg.data_dir}: {self.out_dir}/state.pth was saved with other training images of {cfg.dataset}: give the same, "
                          "or --resume never to start again, or another --out-dir")
         torch.manual_seed(cfg.seed)
-        self._autocast = networks.autocast(cfg, self.device)
+        self._autocast = networks.autocast_dtype(cfg, self.device)
         self.network = self._build()
+        if self._saved is not None and self._saved.get("machines", [{"precision": self.precision}])[-1]["precision"] != self.precision:
+            raise Misuse(f"{self.out_dir}/state.pth was trained in {self._saved['machines'][-1]['precision']}, and here it would go on in {self.precision}: "
+                         "give --precision, or --resume never to start again, or another --out-dir")
+        here = record.provenance(self.device, self.precision, self._source)
+        machine = {"device": here["device"], "torch": here["versions"]["torch"], "precision": self.precision, "processes": distributed.world_size()}
+        self._machines = [*(one for one in (self._saved or {}).get("machines", []) if one != machine), machine]
         self.model = networks.seen_by_scripts(self.network, cfg, self._autocast)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)
@@ -83,7 +90,7 @@ class Run:
             self.average.load_state_dict(self.network.state_dict())
 
         self._position = Position()
-        self._inside = False  # a captured step
+        self._inside, self._away = False, False  # in a captured step; the weights moved
         self.total = cfg.epochs * len(self._data) * updates_per_batch
         self._updates_per_epoch = len(self._data) * updates_per_batch
         self._schedule = cfg.schedule()
@@ -92,7 +99,7 @@ class Run:
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
         self._guard = Guard(cfg.co_guard, self._held_out.columns)
         self._journal = Journal(cfg, self._held_out, averages=bool(cfg.ema))
-        self._captures = cfg.compile and capture.possible(self.device) and distributed.world() == 1
+        self._captures = cfg.compile and capture.possible(self.device) and distributed.world_size() == 1
         self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device,
                               deferred=self.device.type == "cuda" or self._captures, last_save=self.out_dir / "state.pth")
         self._steps: list[capture.Captured] = []
@@ -150,7 +157,7 @@ class Run:
     # ---- what a script calls -------------------------------------------------------------------------------------
 
     def keep(self, **objects: Any) -> None:
-        """Networks, optimizers and tensors that outlive a batch: moved to the device, saved, and restored by `batches`.
+        """Networks, optimizers and tensors that outlive a batch: saved, and restored by `batches`; networks are moved to the device.
 
         Networks and tensors begin as those of the first process, and the networks' BatchNorm is as --batchnorm says.
         A tensor must already lie on `run.device` and be updated in place; one that the script rebinds, so that the
@@ -159,17 +166,21 @@ class Run:
         for name, kept in objects.items():
             if isinstance(kept, nn.Module):
                 kept.to(self.device, memory_format=torch.channels_last)
-                if self.cfg.batchnorm == "global" and distributed.world() > 1:
+                if self.cfg.batchnorm == "global" and distributed.world_size() > 1:
                     batchnorm.make_global(kept)
             if isinstance(kept, torch.optim.Optimizer) and self._captures:
                 capture.make_recordable(kept)
             if isinstance(kept, nn.Module | Tensor):
-                distributed.copy_from_first(list(kept.state_dict().values()) if isinstance(kept, nn.Module) else [kept])
+                distributed.broadcast(list(kept.state_dict().values()) if isinstance(kept, nn.Module) else [kept])
             self._kept[name] = kept
 
-    def classifier(self, arch: str | None = None) -> networks.Classifier:
-        """Another network for this data set in training mode, like `run.model`: of --arch, or of a name from `models`."""
-        return networks.seen_by_scripts(self._build(arch), self.cfg, self._autocast)
+    def classifier(self, arch: str, width: int | None = None) -> networks.Classifier:
+        """Another network for this data set in training mode, like `run.model`: by its name and width in `models`.
+
+        Raises:
+            Misuse: there is none of that name for such images.
+        """
+        return networks.seen_by_scripts(networks.build(self.cfg, self.dataset, self.device, arch, width), self.cfg, self._autocast)
 
     def memory(self, name: str, *, per_image: bool = True, scale: float = 1.0, aligned: bool = False) -> Memory:
         """A kept memory of x's shape for every training image, read and written with the batch's `index`.
@@ -221,6 +232,10 @@ class Run:
 
         It is called with the batch's tensors and with whatever it needs of `batch`, `step`, `epoch`, `progress` and `lr`, which
         it must not read itself: floats arrive as tensors where it is recorded, anything else makes another recording.
+
+        Raises:
+            Failure: called, where the step does what cannot be recorded: it returns something, reads the position, takes tensors that
+                are not the batch's, or rebinds one that is kept.
         """
         self._steps.append(capture.Captured(step, self))
         return self._steps[-1]
@@ -230,6 +245,11 @@ class Run:
 
         Between two batches it saves when it is time to; after an epoch it evaluates, logs and saves; after the last
         one it writes result.json.
+
+        Raises:
+            Misuse: the saved run is another version's.
+            Failure: an update was not finite, a streamed image is damaged, or the guard ends the run.
+            SystemExit: 0, saved, at --time-limit or after SIGTERM.
         """
         fresh = self._saved is None
         self._restore()
@@ -265,11 +285,11 @@ class Run:
 
         Args:
             logits: (B, classes), of which the training accuracy in the log is taken.
-            max_norm: the gradient's largest L2 norm over all parameters; it is scaled down to that.
+            max_norm: the gradient's largest L2 norm over all parameters, to which it is scaled down; the classifier's is --max-grad-norm where not given.
             leaf: a tensor, the perturbed images say, in whose `.grad` the same backward pass leaves its gradient.
 
         Raises:
-            Failure: the loss or a gradient is not finite.
+            Failure: the loss or a gradient is not finite; on a GPU `batches` raises it, at the next reading.
         """
         main = optimizer is None or optimizer is self.optimizer
         optimizer = self.optimizer if main else optimizer
@@ -281,6 +301,8 @@ class Run:
         value = loss.detach().to(torch.float64, copy=True)
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.averaged([*gradients, value])
+        if main and max_norm is None:
+            max_norm = self.cfg.max_grad_norm
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         with self._finite.admitting(value, parameters, optimizer, step=self._rates.at if self._captures else self._position.step) as made:
@@ -289,20 +311,33 @@ class Run:
             elif main:
                 self._set_rates(self._position.step)
             optimizer.step()
-        distributed.copy_from_first(self._buffers)  # BatchNorm's averages: those of the first process's images
+        distributed.broadcast(self._buffers)  # BatchNorm's averages: those of the first process's images
         if not main:
             return
         self._position.step += 1
         if self._captures:
             self._rates.at.add_(1)
-        if self.average is not None:
-            networks.follow(self.average, self.network, self.cfg.ema)
+        self._follow()
         self._sums["loss"] += torch.where(made, value, 0.0) * self._global_batch
         self._sums["seen"] += made * self._global_batch
         if logits is not None:
             correct = (logits.detach().argmax(1) == self._labels).sum().double()
-            distributed.sum_([correct])
+            distributed.all_reduce([correct])
             self._sums["correct"] += made * correct
+
+    @contextmanager
+    def moved(self, weights: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, where `update` is called once, each of the network's weights is its move further, and in the end back.
+
+        The weight average takes in what they are then.
+        """
+        self._away = True
+        try:
+            with moved(weights, moves):
+                yield
+        finally:
+            self._away = False
+        self._follow()
 
     def uniform(self, x: Tensor) -> Tensor:
         """Noise U(-1, 1) like x (B, ...): a function of (seed, batch of the run, position in the global batch)."""
@@ -314,11 +349,11 @@ class Run:
 
     def averaged(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gradients of this process's mean loss, in place turned into those of the global batch's; the same on one process."""
-        if distributed.world() > 1:
+        if distributed.world_size() > 1:
             share = self.share
             for gradient in gradients:
                 gradient.mul_(share) if share else gradient.zero_()  # the mean over no images is nan
-            distributed.sum_(gradients)
+            distributed.all_reduce(gradients)
         return gradients
 
     def random(self, *size: int) -> Tensor:
@@ -359,11 +394,11 @@ class Run:
 
     def _wanted(self) -> int:
         """Whether it is time to save, or to save and stop; the same on all processes, though a signal reaches only one."""
-        if distributed.world() > 1 and self.device.type == "cuda" and self.batch % 20:
+        if distributed.world_size() > 1 and self.device.type == "cuda" and self.batch % 20:
             return 0  # asking makes a GPU wait
         now = time.perf_counter()
         wanted = _STOP if self._asked_to_stop or now > self._deadline else int(now > self._last_save + 60 * self.cfg.save_every)
-        return distributed.most(wanted, self.device)
+        return distributed.maximum(wanted, self.device)
 
     def _end_of_epoch(self) -> None:
         self._finite.read()
@@ -396,18 +431,20 @@ class Run:
         """Writes result.json."""
         if distributed.rank() == 0 and self._journal.rows:
             checkpoints = self._journal.checkpoints()
+            for name, found in checkpoints.items():
+                found["sha256"] = checkpoint.digest(checkpoint.load(self.out_dir / f"{name}.pth")["state_dict"])
             record.write_json({
                 "method": self.cfg.METHOD, "dataset": self.cfg.dataset, "arch": self.cfg.arch,
                 "config": dataclasses.asdict(self.cfg), "seed": self.cfg.seed, **record.provenance(self.device, self.precision, self._source),
-                "processes": distributed.world(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
+                "processes": distributed.world_size(), "seconds": self._seconds, "peak_memory_bytes": record.peak_memory(self.device),
                 "images_per_second": self._data.n * self.cfg.epochs / self._seconds["training"], "updates": self.step,
-                "alarms": self._guard.alarms, "rollbacks": self._guard.rollbacks,
+                **({"earlier_machines": self._machines[:-1]} if self._machines[1:] else {}), "alarms": self._guard.alarms, "rollbacks": self._guard.rollbacks,
                 "skipped_updates": sum(row.get("skipped_updates", 0) for row in self._journal.rows),
                 "evaluation": self._held_out.settings(), "checkpoints": checkpoints,
             }, self.out_dir / "result.json")
             print(f"done: {self.out_dir}/best.pth (epoch {checkpoints['best']['epoch']}) and last.pth; "
                   f"evaluate with: python test_FGSM_SDI.py --model_path {self.out_dir}/best.pth --data-dir {self.cfg.data_dir}")
-        distributed.wait()
+        distributed.barrier()
 
     # ---- what goes on inside ------------------------------------------------------------------------------------
 
@@ -434,12 +471,17 @@ class Run:
             self._data = data.Batches(
                 x, y, pad=self.dataset.pad if crop else 0, flip=self.dataset.flip and crop, padding=cfg.padding, **shared)
 
-    def _build(self, arch: str | None = None) -> nn.Module:
-        return networks.build(self.cfg, self.dataset, self.device, arch)
+    def _build(self) -> nn.Module:
+        return networks.build(self.cfg, self.dataset, self.device, self.cfg.arch, self.cfg.width)
 
     def _noise(self, x: Tensor, fill) -> Tensor:
         noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return fill(noise)[distributed.shard(self._global_batch)]
+
+    def _follow(self) -> None:
+        """The weight average, one update on; later where the weights are away."""
+        if self.average is not None and not self._away:
+            networks.follow(self.average, self.network, self.cfg.ema)
 
     def _rates_of(self, step: int) -> tuple[float, float]:
         """Learning rate and momentum of the classifier's update after `step` others."""
@@ -518,13 +560,13 @@ class Run:
                 "position": dataclasses.asdict(self._position),
                 "kept": kept, "sums": self._sums, "history": self._journal.rows, "best": self._journal.best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
-                "guard": self._guard.state(), "finite": self._finite.state(), "source": self._source, "data": self._identity,
+                "guard": self._guard.state(), "finite": self._finite.state(), "source": self._source, "machines": self._machines, "data": self._identity,
                 "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
             }
-            if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("--snapshots", self.cfg.snapshots):
+            if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("snapshots", self.cfg.snapshots):
                 checkpoint.save(state, self.out_dir / f"state-{self.epoch}.pth")  # first: a run killed in between does this epoch again
             checkpoint.save(state, self.out_dir / "state.pth")
-        distributed.wait()
+        distributed.barrier()
         self._last_save = time.perf_counter()
         self._seconds["saving"] += self._last_save - began
         self._guard.saved(self)
@@ -561,6 +603,13 @@ class Run:
             print(f"continuing {self.out_dir} at epoch {self.epoch + 1}, batch {self.batch}" if self.epoch < self.cfg.epochs
                   else f"{self.out_dir} is finished; --resume never trains it again")
 
+    def _go_back(self, saved: dict[str, Any]) -> None:
+        """Takes up an earlier state of this run; the training since then counts as rolled back."""
+        seconds, self._saved = dict(self._seconds), saved
+        self._restore()
+        lost = seconds["training"] - self._seconds["training"]
+        self._seconds = seconds | {"training": self._seconds["training"], "rolled_back": seconds.get("rolled_back", 0.0) + lost}
+
     def _clock(self) -> float:
         return clock(self.device)
 
@@ -570,5 +619,5 @@ class Run:
     def _leave(self) -> None:
         if distributed.rank() == 0:
             print(f"saved {self.out_dir}/state.pth at epoch {self.epoch + 1}, batch {self.batch}; run the same command again to continue")
-        distributed.wait()
+        distributed.barrier()
         raise SystemExit(0)

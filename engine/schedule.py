@@ -1,4 +1,7 @@
-"""Learning rate and momentum as functions of how many of the run's updates are done."""
+"""Learning rate and momentum as functions of how many of the run's updates are done.
+
+Everywhere `step` is that number, in [0, total), `total` the updates of the whole run, and `per_epoch` those of an epoch.
+"""
 from __future__ import annotations
 
 import math

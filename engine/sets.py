@@ -123,7 +123,7 @@ def _gtsrb(dataset) -> tuple[np.ndarray, list[int]]:
 
 
 def tiny_imagenet(folder: Path) -> Arrays:
-    """Tiny ImageNet from its original files, classes in the order of wnids.txt; its val folder is the test set.
+    """Tiny ImageNet from its original files, classes in alphabetical order, as published loaders have them; its val folder is the test set.
 
     100,000 / 10,000 images of 200 classes, 64 x 64; some files are grey-scale. A part of it, with fewer classes, will do.
 
@@ -133,7 +133,7 @@ def tiny_imagenet(folder: Path) -> Arrays:
     """
     with _tiny_imagenet_files(folder) as (where, names, read):
         print(f"making tiny-imagenet.npz from {where}")
-        classes = {wnid: i for i, wnid in enumerate(read("wnids.txt").decode().split())}
+        classes = {wnid: i for i, wnid in enumerate(sorted(read("wnids.txt").decode().split()))}
         annotations = [line.split("\t") for line in read("val/val_annotations.txt").decode().splitlines()]
         of_class = {
             "train": {name: match[1] for name in names if (match := re.fullmatch(r"train/(\w+)/images/[^./][^/]*\.JPEG", name))},

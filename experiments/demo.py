@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import numbers
+from engine.config import Parser, numbers
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
 from experiments import show
@@ -82,7 +82,7 @@ def job(demo: Demo, label: str, seed: int, output: Path, results: Path) -> Job:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=DEMOS)
     parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
     parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in wanted if plain(name) not in known]:
         raise Misuse(f"--only {args.only}: {unknown[0]} is not one of {', '.join(known)}")
     labels = [known[plain(name)] for name in wanted]
-    seeds = [int(seed) for seed in numbers("--seeds", args.seeds)] if args.seeds else demo.seeds
+    seeds = [int(seed) for seed in numbers("seeds", args.seeds)] if args.seeds else demo.seeds
     jobs = [job(demo, label, seed, output, results) for seed in seeds for label in labels]
     print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
     failures = do_all(jobs, Path(args.data_dir), [args.device] * args.jobs)

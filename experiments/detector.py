@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from engine import guard, record
-from engine.errors import Failure, Misuse, one_sentence
+from engine.config import Parser
+from engine.errors import Misuse, one_sentence
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "detector" / "curves.json"
 IMAGES = {"cifar10": 1000, "cifar100": 1000, "tiny-imagenet": 2000}  # held out there: the smallest number of which all accuracies are multiples
@@ -97,26 +98,12 @@ def table(found: dict[str, Any]) -> str:
                               f"collapsed: {'; '.join(named['recover']) or 'none'}. Commit {(found['commit'] or 'unknown')[:10]}.")
 
 
-def rendered() -> str:
-    """The table of results/detector/curves.json.
-
-    Raises:
-        Failure: it comes from a tree that differs from its commit.
-    """
-    if not RESULT.is_file():
-        return "Not measured yet."
-    found = json.loads(RESULT.read_text())
-    if found["dirty"]:
-        raise Failure(f"{RESULT} comes from a tree that differs from its commit: measure it again")
-    return table(found)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, required=True, help="the curves")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the report goes")
     arguments = parser.parse_args(argv)
-    found = report(read(arguments.curves)) | record.provenance(torch.device("cpu"), "fp64")
+    found = report(read(arguments.curves)) | record.provenance(torch.device("cpu"), "fp64", record.source())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json(found, arguments.out)
     print(table(found))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine import distributed, record
+from engine.config import Parser
 from engine.errors import Failure, one_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ def train(label: str, out_dir: Path, **more: Any) -> None:
     name, options = RUNS[label]
     script = importlib.import_module(name)
     script.main(script.Config(out_dir=str(out_dir), **SETTING | options | more))
-    distributed.wait()
+    distributed.barrier()
 
 
 def train_all(directory: Path) -> None:
@@ -98,12 +99,13 @@ def compared(one: Path, other: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "processes" / "equality.json")
     parser.add_argument("--train-in", type=Path, help=argparse.SUPPRESS)  # as one of two processes
     arguments = parser.parse_args(argv)
     if arguments.train_in:
         return train_all(arguments.train_in)
+    code = record.source()
     with tempfile.TemporaryDirectory() as directory:
         one, two = Path(directory, "1"), Path(directory, "2")
         train_all(one)
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         if process.returncode:
             raise Failure("two processes ended early, as said above")
         report = {"setting": SETTING, "dtype": "float64", "runs": {label: compared(one / label, two / label) for label in RUNS},
-                  **record.provenance(torch.device("cpu"), "float64")}
+                  **record.provenance(torch.device("cpu"), "float64", code)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json(report, arguments.out)
     print(f"{arguments.out}: the largest relative difference is {max(max(run['kept'].values()) for run in report['runs'].values()):.0e}")

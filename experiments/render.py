@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.config import Parser
 from engine.errors import Failure, one_sentence
 from experiments import detector, show, side_by_side, tables
 
@@ -68,13 +69,14 @@ def demo(*names: str) -> str:
     facts = [show.facts(run) for several in runs.values() for run in several]
     seeds = sorted({len(several) for several in runs.values()})
     spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
-    count = " or ".join(map(str, seeds)) + (" seeds" if seeds[-1] > 1 else " seed")
+    count = (f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}") + (" seeds" if seeds[-1] > 1 else " seed")
     without = sum(not fact["card"] for fact in facts)
-    on = {key: sorted({str(fact[key])[:length] for fact in facts}) for key, length in (("device", 80), ("precision", 4), ("torch", 20), ("commit", 10))}
+    on = {key: sorted({fact[key] for fact in facts}) for key in ("precision", "torch")} | {
+        key: sorted(set().union(*(fact[key] for fact in facts))) for key in ("devices", "commits")}
     return (f"{show.table(runs, markdown=True)}\n\n"
             f"Accuracy in percent on {facts[0]['n']} test images at epsilon {facts[0]['epsilon']:g}/255, {facts[0]['epochs']} epochs, "
-            f"{count}, {spread}; {' and '.join(on['device'])}, {' and '.join(on['precision'])}, torch {' and '.join(on['torch'])}, "
-            f"commit{'s' if len(on['commit']) > 1 else ''} {', '.join(on['commit'])}."
+            f"{count}, {spread}; {' and '.join(on['devices'])}, {' and '.join(on['precision'])}, torch {' and '.join(on['torch'])}, "
+            f"commit{'s' if len(on['commits']) > 1 else ''} {', '.join(on['commits'])}."
             + {0: "", len(facts): " Evaluated before there were claim cards."}.get(without, f" {without} of the {len(facts)} runs were evaluated before there were claim cards."))
 
 
@@ -122,6 +124,11 @@ def processes() -> str:
             + f"\n\nLargest relative differences; {report['dtype']}, {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
 
 
+def collapses() -> str:
+    """How the detector of catastrophic overfitting did on published curves, in Markdown."""
+    return detector.table(report) if (report := measured("detector", "curves.json")) else NOTHING
+
+
 SMALL = {"II": None, "III": None, "IV": None, "V": None, "VII": None, "VIII": "cifar100", "FastAT": None, "PGI": "cifar100"}
 """The tables that stand on docs/tables.md, of which data set where there are several."""
 
@@ -158,28 +165,22 @@ def throughput() -> str:
     parts = []
     for path in sorted((ROOT / "results" / "benchmarks").glob("throughput*.json")):
         report = measured("benchmarks", path.name)
-        columns = {  # title: what is shown of a row
-            "passes' worth": lambda row: f"{row['operations_per_image'] / FORWARD:.1f}", "images per second": lambda row: f"{row['images_per_second']:.4g}",
-            "passes per second": lambda row: f"{row['images_per_second'] * row['operations_per_image'] / FORWARD:.3g}",
-            "seconds an epoch": lambda row: f"{row['seconds_per_epoch']:.3g}", "seconds before": lambda row: f"{row['seconds_before']:.0f}",
-            "peak memory, GB": lambda row: f"{row['peak_memory_bytes'] / 1e9:.1f}",
-            "arithmetic floor": lambda row: f"{100 * row['fraction_of_arithmetic_floor']:.0f} %", "memory floor": lambda row: f"{100 * row['fraction_of_memory_floor']:.0f} %",
-            "times published FGSM-SDI": lambda row: f"{row['times_the_published_fgsm_sdi']:.2f}"}
-        for row in report["rows"].values():
+        rows = report["rows"].values()
+        for row in rows:
             if row.get("operations_per_image", 0) < 2.9 * FORWARD:  # training alone is three passes; a first report counted FAT's, whose work depends on the images
                 row.pop("operations_per_image", None)
-        cells = {label: [] for label in report["rows"]}
-        for title, shown in list(columns.items()):
-            for label, row in report["rows"].items():
-                try:
-                    cells[label].append(shown(row))
-                except KeyError:  # not measured, or there is no such floor
-                    cells[label].append("")
-            if not any(several[-1] for several in cells.values()):
-                del columns[title]
-                for several in cells.values():
-                    several.pop()
-        parts.append(markdown(["method", *columns], ([label, *several] for label, several in cells.items())) + f"\n\nResNet18, batch 128, real CIFAR-10 images{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
+            if {"operations_per_image", "images_per_second"} <= row.keys():
+                row["passes_per_second"] = row["images_per_second"] * row["operations_per_image"] / FORWARD
+        columns = {  # title: what is shown of a row, times what, and how
+            "passes' worth": ("operations_per_image", 1 / FORWARD, ".1f"), "images per second": ("images_per_second", 1, ".4g"),
+            "passes per second": ("passes_per_second", 1, ".3g"), "seconds an epoch": ("seconds_per_epoch", 1, ".3g"),
+            "seconds before": ("seconds_before", 1, ".0f"), "peak memory, GB": ("peak_memory_bytes", 1e-9, ".1f"), "reserved, GB": ("reserved_memory_bytes", 1e-9, ".1f"),
+            "arithmetic floor, %": ("fraction_of_arithmetic_floor", 100, ".0f"), "memory floor, %": ("fraction_of_memory_floor", 100, ".0f"),
+            "times published FGSM-SDI": ("times_the_published_fgsm_sdi", 1, ".2f")}
+        cells = {title: [format(times * row[key], form) if key in row else "" for row in rows] for title, (key, times, form) in columns.items()}
+        cells = {title: found for title, found in cells.items() if any(found)}
+        parts.append(markdown(["method", *cells], zip(report["rows"], *cells.values())) + f"\n\nResNet18, batch 128, real CIFAR-10 images"
+                     f"{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
                      f"after {report['warm_up']}; {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
     return "\n\n".join(parts) or NOTHING
 
@@ -236,7 +237,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo-digits": lambda: demo("digits"), "demo-cifar": lambda: demo("cifar") + "\n\n" + gaps("cifar"), "cpu-step": cpu},
     "docs/methods.md": {"fidelity": fidelity, "demo-digits-all": lambda: demo("digits", "digits-all"), "demo-cifar-all": lambda: demo("cifar-all")},
     "docs/processes.md": {"equality": processes},
-    "docs/guard.md": {"detector": detector.rendered},
+    "docs/guard.md": {"detector": collapses},
     "docs/tables.md": {f"table-{name}": partial(small, name) for name in SMALL} | {"full": full},
     "docs/performance.md": {"throughput": throughput, "second-derivative": second_derivative, "autoattack": autoattack},
 }
@@ -244,7 +245,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     for page, contents in PAGES.items():
         text = (ROOT / page).read_text()
         for name, content in contents.items():

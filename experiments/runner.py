@@ -4,21 +4,26 @@ A run is finished once its JSON is there: everything that its training and its e
 """
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
-from engine import distributed, record
+from engine import checkpoint, distributed, record
+from engine.config import spelled
 from engine.errors import Misuse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +53,23 @@ class Job:
     suffix: str = ""
 
     def is_done(self) -> bool:
-        return self.result.is_file() and set(self.checkpoints) <= record.read_json(self.result)["evaluations"].keys()
+        """Whether its JSON has all that is to be measured.
+
+        Raises:
+            Misuse: it is of other settings, as of a version whose defaults were others.
+        """
+        if not self.result.is_file():
+            return False
+        found = record.read_json(self.result)
+        for name, (before, now) in self.changes(found["run"]["config"]).items():
+            raise Misuse(f"{self.result} was measured with {spelled(name)} {before}, and now it would be {now}: move it away, or give other --results and --output")
+        return set(self.checkpoints) <= found["evaluations"].keys()
+
+    def changes(self, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What a configuration that was trained with, and the one that would be now, do not have in common, of the flags that both know."""
+        script, *flags = self.train
+        now = dataclasses.asdict(importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags))
+        return {name: (config[name], now[name]) for name in now if name in config and name not in checkpoint.MAY_CHANGE and config[name] != now[name]}
 
     def do(self, data_dir: Path, device: str, deadline: float = math.inf) -> str | None:
         """Does what is missing until the clock (time.monotonic) shows `deadline`; returns why it is not finished, or None."""
@@ -56,10 +77,11 @@ class Job:
             return None
         shared = ("--data-dir", str(data_dir), "--device", device, "--out-dir")
         left = () if deadline == math.inf else ("--time-limit", f"{max(deadline - time.monotonic(), 0) / 60:.2f}")
-        said = self._step("training", (*self.train, *shared, str(self.folder), *left), self.folder / "result.json", deadline + 60)
+        finished = self.folder / "result.json"
+        said = self._step("training", (*self.train, *shared, str(self.folder), *left), finished.is_file, deadline + 60)
         for name in self._distinct() if said is None else ():
             command = ("test_FGSM_SDI.py", "--model-path", str(self.folder / f"{name}.pth"), *self.evaluation, *shared, str(self._evaluated(name)))
-            said = said or self._step(f"evaluation of {name}.pth", command, self._evaluated(name) / "evaluation.json", deadline)
+            said = said or self._step(f"evaluation of {name}.pth", command, partial(self._is_of, name), deadline)
         if said is None:
             self._collect()
         return said
@@ -67,22 +89,29 @@ class Job:
     def _evaluated(self, checkpoint: str) -> Path:
         return self.folder / f"{checkpoint}{self.suffix}"
 
+    def _is_of(self, checkpoint: str) -> bool:
+        """Whether there is an evaluation of the weights that the training left, and not of others that lay here before."""
+        path = self._evaluated(checkpoint) / "evaluation.json"
+        if not path.is_file():
+            return False
+        evaluated, trained = record.read_json(path)["checkpoint"], record.read_json(self.folder / "result.json")["checkpoints"][checkpoint]
+        return evaluated.get("sha256") == trained.get("sha256")
+
     def _distinct(self) -> tuple[str, ...]:
         """The checkpoints, without the last one where it is the best one too."""
         best, last = (record.read_json(self.folder / "result.json")["checkpoints"][name] for name in ("best", "last"))
         same = len(self.checkpoints) == 2 and (best["epoch"], best["weights"]) == (last["epoch"], last["weights"])
         return ("best",) if same else self.checkpoints
 
-    def _step(self, what: str, command: tuple[str, ...], product: Path, deadline: float) -> str | None:
-        """Runs a command whose work is done once `product` is there."""
-        if product.is_file():
+    def _step(self, what: str, command: tuple[str, ...], is_done: Callable[[], bool], deadline: float) -> str | None:
+        """Runs a command, unless its work is done."""
+        if is_done():
             return None
         name, began = f"{self.label}, seed {self.seed}", time.monotonic()
         if began > deadline - 1:
             return f"{name}: no time left for the {what}"
         output = self.folder / "output.log"
         output.parent.mkdir(parents=True, exist_ok=True)
-        product.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as log:
             process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=log, stderr=subprocess.STDOUT,
                                        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
@@ -91,7 +120,7 @@ class Job:
             except subprocess.TimeoutExpired:
                 process.terminate()
                 process.wait()
-        if product.is_file():
+        if is_done():
             print(f"  {name}: {what} done in {time.monotonic() - began:.0f} s", flush=True)
             return None
         if process.returncode in (0, -15):
@@ -122,8 +151,8 @@ def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes:
         device = free.get()
         try:
             return job.do(data_dir, device, deadline)
-        except Misuse as error:  # a damaged file of its own
-            return str(error)
+        except (Misuse, OSError, KeyError) as error:  # a file of its own that is damaged, or cannot be written
+            return f"{job.label}, seed {job.seed}: {error}"
         finally:
             free.put(device)
 

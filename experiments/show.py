@@ -43,6 +43,11 @@ def table(runs: Runs, markdown: bool) -> str:
     rows = [[label, name, *(cell([run["evaluations"][name]["metrics"][c] for run in several]) + doubt(several, name) for c in columns),
              f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}", *([str(len(several))] if counted else [])]
             for label, several in runs.items() for name in first]
+    return grid(heading, rows, markdown)
+
+
+def grid(heading: list[str], rows: list[list[str]], markdown: bool) -> str:
+    """A table whose first two columns are text and whose others are numbers, in Markdown or for a terminal."""
     if markdown:
         lines = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -65,11 +70,21 @@ def cell(metrics: list[dict[str, Any]]) -> str:
 
 
 def facts(result: dict[str, Any]) -> dict[str, Any]:
-    """What a caption needs to say of a run: n, radius, machine, versions, commit, whether its evaluations have claim cards."""
+    """What a caption needs to say of a run: n, radius, machines, versions, commits, whether its evaluations have claim cards."""
     run, evaluations = result["run"], list(result["evaluations"].values())
-    return {"n": evaluations[0]["n"], "epsilon": evaluations[0]["epsilon"], "epochs": run["config"]["epochs"], "device": run["device"],
-            "precision": run["precision"], "torch": run["versions"]["torch"], "commit": run["commit"],
-            "card": all("card" in evaluation for evaluation in evaluations)}
+    return {"n": evaluations[0]["n"], "epsilon": evaluations[0]["epsilon"], "epochs": run["config"]["epochs"], "precision": run["precision"],
+            "torch": run["versions"]["torch"], "devices": devices(result), "commits": commits(result), "card": all("card" in evaluation for evaluation in evaluations)}
+
+
+def commits(result: dict[str, Any]) -> set[str]:
+    """Of its training and of its evaluations, the first ten digits."""
+    return {str(commit)[:10] for part in (result["run"], *result["evaluations"].values()) for commit in (part["commit"], *part.get("earlier_commits", ()))}
+
+
+def devices(result: dict[str, Any]) -> set[str]:
+    """On which it was trained and evaluated."""
+    run = result["run"]
+    return {part["device"] for part in (run, *run.get("earlier_machines", ()), *result["evaluations"].values())}
 
 
 def curves(runs: Runs, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from engine import record
 from engine.card import MARK, mark
 from experiments import tables
-from experiments.show import HEADINGS
+from experiments.show import HEADINGS, commits, devices, grid
 from experiments.tables import Row, Scale, Table
 
 SEEDS = range(100)  # as many as a table is ever looked up for
@@ -67,11 +67,12 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
         runs = [run for run in runs if run["evaluations"]["best"]["n"] == n]
         for checkpoint in table.checkpoints:
             published = table.published(row, checkpoint)
-            evaluations = [run["evaluations"][checkpoint] for run in runs if checkpoint in run["evaluations"]]
+            evaluated = [run for run in runs if checkpoint in run["evaluations"]]
+            evaluations = [run["evaluations"][checkpoint] for run in evaluated]
             cells = {column: Cell([e["metrics"][column]["value"] for e in evaluations if column in e["metrics"]], published.get(column)) for column in table.columns}
-            minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in runs], published.get("minutes"))
+            minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in evaluated], published.get("minutes"))
             doubts = sorted({said for e in evaluations for said in why_not(e)})
-            found.append(Line(row, checkpoint, cells, runs, minutes, doubts, dropped))
+            found.append(Line(row, checkpoint, cells, evaluated, minutes, doubts, dropped))
     return found
 
 
@@ -110,11 +111,8 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
     left_out += [f"Not shown: {changed} run{'s' if changed > 1 else ''} of a tree that differed from its commit."] if changed else []
     notes = [_legend(comparable, tolerance), *_provenance(found), *left_out, *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
     if form == "markdown":
-        rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *body]
-        return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in rows), "", *(f"- {note}" for note in notes)])
-    widths = [max(len(row[i]) for row in (heading, *body)) for i in range(len(heading))]
-    rows = ["  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))) for row in (heading, *body)]
-    return "\n".join([title, "", *rows, "", *notes])
+        return "\n".join([f"**{title}**", "", grid(heading, body, markdown=True), "", *(f"- {note}" for note in notes)])
+    return "\n".join([title, "", grid(heading, body, markdown=False), "", *notes])
 
 
 def _minutes(found: Cell) -> str:
@@ -139,9 +137,9 @@ def _provenance(found: list[Line]) -> list[str]:
     seeds = sorted({len(line.runs) for line in found if line.runs})
     compiled = sum(run["run"]["config"].get("compile", False) for run in runs)
     return [f"Measured on n = {each(run['evaluations']['best']['n'] for run in runs)} test images; {' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}; "
-            f"{each(run['run']['device'] for run in runs)}; {each(run['run']['precision'] for run in runs)}; torch {each(run['run']['versions']['torch'] for run in runs)}; "
+            f"{each(set().union(*map(devices, runs)))}; {each(run['run']['precision'] for run in runs)}; torch {each(run['run']['versions']['torch'] for run in runs)}; "
             f"{'' if not compiled else '--compile; ' if compiled == len(runs) else 'some with --compile; '}"
-            f"commit {each(run['run']['commit'][:10] for run in runs)}."]
+            f"commit {each(set().union(*map(commits, runs)))}."]
 
 
 def _csv(table: Table, scale: Scale, found: list[Line]) -> str:
@@ -151,10 +149,11 @@ def _csv(table: Table, scale: Scale, found: list[Line]) -> str:
     writer.writerow(["paper", "table", "dataset", "scale", "row", "checkpoint", "column", "ours", "sd", "seeds", "n", "published", "deviation", "minutes", "device", "commit"])
     for line in found:
         first = line.runs[0] if line.runs else None
+        on, at = ("; ".join(sorted(set().union(*map(each, line.runs)))) or None for each in (devices, commits))
         for column, each in line.cells.items():
             deviation = None if None in (each.mean, each.published) or scale.shrunk else round(each.mean - each.published, 4)
             writer.writerow([table.paper, table.number, table.dataset, scale.name, line.row.name, line.checkpoint, column, each.mean, each.spread, len(each.values) or None,
-                             first and first["evaluations"]["best"]["n"], each.published, deviation, line.minutes.mean, first and first["run"]["device"], first and first["run"]["commit"]])
+                             first and first["evaluations"]["best"]["n"], each.published, deviation, line.minutes.mean, on, at])
     return text.getvalue().rstrip("\n")
 
 

@@ -148,7 +148,7 @@ def sometimes_infinite(cross_entropy: Callable) -> Callable:
     """A loss that is infinite for some batches, as a function of what is in them."""
     def loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:
         found = cross_entropy(logits, target, **options)
-        return found / (target.double().mul(torch.arange(10)).sum() % 9 > 0) if target.ndim == 2 else found
+        return found / (target.double().mul(torch.arange(10, device=target.device)).sum() % 9 > 0) if target.ndim == 2 else found
     return loss
 
 

@@ -73,7 +73,7 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def measured(model: nn.Module, eps: float = MIDDLE, n: int = N, found: dict[str, Tensor] | None = None, saved: Path | None = None) -> dict:
+def measured(model: nn.Module, eps: float = MIDDLE, n: int = N, found: dict[str, Tensor] | None = None, saved: dict | None = None) -> dict:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return card.build(model, *images(), found=found or {}, n=n, classes=10, eps=eps, alpha=eps / 4, seed=0, batch_size=100, saved=saved)

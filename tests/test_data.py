@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -155,7 +156,7 @@ def tiny_imagenet_files(folder: Path, train: int = 6, test: int = 4) -> dict[tup
             pixels = np.asarray(read)
         expected.setdefault((part, label), []).append(np.repeat(pixels[..., None], 3, 2).tobytes() if i % 3 == 1 else pixels.tobytes())
 
-    for label, wnid in enumerate(WNIDS):
+    for label, wnid in enumerate(sorted(WNIDS)):  # as published loaders number them
         for i in range(train):
             keep(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", "train", label, i)
         (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
@@ -259,13 +260,23 @@ def test_a_run_augments_as_it_is_told(augment, padding, expected, tmp_path):
     assert border is None or bool(border) == (padding == "reflect")
 
 
+def test_the_digits_are_the_real_ones_in_a_fixed_split():
+    """Grey levels 0 to 16 as 0 to 255, and a digest of which images are where: a checkpoint's numbers are of these."""
+    found = data.load("digits", ".")
+    assert set(np.unique(found.x_train)) == {round(level * 255 / 16) for level in range(17)}
+    assert (len(found.y_train), len(found.y_test)) == (1437, 360) and np.bincount(found.y_test).min() >= 34
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in (found.x_train, found.y_train, found.x_test, found.y_test)))
+    assert digest.hexdigest()[:16] == "3616d13d9b8a0a7a"
+
+
 def test_the_streams_of_random_numbers_never_meet():
     generator, seeds = torch.Generator(), []
     for step in range(50):
         data.noise_generator(generator, 0, step)
-        seeds += [generator.initial_seed(), data.evaluation_generator(0, step).initial_seed(),
+        seeds += [generator.initial_seed(), data.seeded(0, data._EVALUATION, step).initial_seed(),
                   data.seeded(0, data.DATA, step).initial_seed(), data.seeded(0, data.CROP, step).initial_seed()]
     assert len(set(seeds)) == len(seeds)
+    assert len(set(data.STREAMS.values())) == len(data.STREAMS)
 
 
 def test_sizes_that_differ_are_refused(tmp_path):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import Misuse
+from engine.errors import Failure, Misuse
 from experiments import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--epochs", "1", "--train-size", "100", "--val-size", "20", "--measure", "clean,fgsm,pgd10,pgd20")
-SETTING = replace(demo.DEMOS["digits"], methods=("FGSM-AT", "Standard"), common=("--dataset", "digits", *QUICK), seeds=(0,),
+COMMITTED = demo.DEMOS["digits"]
+SETTING = replace(COMMITTED, methods=("FGSM-AT", "Standard"), common=("--dataset", "digits", *QUICK), seeds=(0,),
                   evaluation=("--dataset", "digits", "--n-ex", "20", "--attacks", "clean,pgd10", "--card-n", "0"))
 
 
@@ -42,8 +43,11 @@ def test_it_trains_and_evaluates_shows_the_table_and_draws_the_figure(here, caps
     assert "training done" not in said and "Standard  last" in said, "what is finished is not done again"
 
 
-def test_what_the_results_given_hold_is_not_done(here, capsys):
+def test_what_the_results_given_hold_is_not_done(here, capsys, monkeypatch):
     shutil.copytree(ROOT / "results" / "demo-digits", here / "results" / "demo-digits")
+    with pytest.raises(Failure, match="measured with --epochs 40, and now it would be 1"):
+        demo.main(["digits", "--only", "fgsm-at", "--results", "results"])
+    monkeypatch.setitem(demo.DEMOS, "digits", COMMITTED)
     demo.main(["digits", "--only", "fgsm-at", "--results", "results"])
     said = capsys.readouterr().out
     assert "training done" not in said and "PGD-AT" in said and not (here / "output").exists()

@@ -181,7 +181,7 @@ def test_noise_is_sliced_by_the_position_in_the_global_batch(tmp_path, monkeypat
 
 def test_shards_are_contiguous_and_even(monkeypatch):
     for world in (1, 2, 3, 8):
-        monkeypatch.setattr(distributed, "world", lambda: world)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
         for n in (0, 1, 7, 8, 128):
             sizes, items = [], []
             for rank in range(world):
@@ -370,7 +370,7 @@ def test_files_hold_tensors_and_plain_values(train_script, tiny):
 
 
 RESULT_FIELDS = {"method", "dataset", "arch", "config", "seed", "commit", "dirty", "versions", "device", "precision", "tf32",
-                 "seconds", "peak_memory_bytes", "images_per_second", "checkpoints"}
+                 "seconds", "peak_memory_bytes", "images_per_second", "checkpoints", "evaluation"}
 
 
 @pytest.mark.parametrize("ema", [0, 0.8])

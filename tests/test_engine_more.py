@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import engine
 import models
+import train_awp
 import train_las_at
 import train_lbgat
 import utils
@@ -50,13 +51,13 @@ def factors(cfg: Config, per_epoch: int) -> list[float]:
 @pytest.mark.parametrize("text, expected", [
     ("2,4,8", [2, 4, 8]), ("3-5", [3, 4, 5]), ("7-7", [7]), ("7", [7]), ("2.5,0.5", [2.5, 0.5]), ("0-2", [0, 1, 2]), ("1e-3,0", [1e-3, 0]), ("8,8", [8, 8]), (" 2, 4", [2, 4])])
 def test_numbers(text, expected):
-    assert numbers("--radii", text) == expected == engine.numbers("--radii", text)
+    assert numbers("radii", text) == expected == engine.numbers("radii", text)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1,-1", "inf", "1,nan", "5-3", "a", "1,,2", "1;2", "1-2-3", "1.5-3", "2-", "nan"])
 def test_what_is_no_list_of_numbers_is_named(text):
     with pytest.raises(Misuse, match=r"^--radii .*numbers that are not negative.*2,4,8 or 3-5"):
-        numbers("--radii", text)
+        numbers("radii", text)
 
 
 @pytest.mark.parametrize("epochs, milestones, at", [
@@ -254,7 +255,7 @@ def test_random_is_a_function_of_seed_and_batch(tmp_path):
 def test_another_classifier_is_like_the_first(tmp_path):
     alone = engine.Run(configuration(tmp_path / "alone")).network.state_dict()
     run = engine.Run(configuration(tmp_path / "two"))
-    twin, other = run.classifier(), run.classifier("cnn1")
+    twin, other = run.classifier(run.cfg.arch, run.cfg.width), run.classifier("cnn1")
     for made in (twin, other):
         assert isinstance(made, Classifier) and made.training and all(layer.training for layer in made.modules())
         assert made(torch.rand(3, *run.shape)).shape == (3, run.classes)
@@ -294,15 +295,16 @@ def test_no_leaf_gets_no_gradient(tmp_path):
         assert noisy.grad is None
 
 
+@pytest.mark.parametrize("by", ["flag", "argument"])
 @pytest.mark.parametrize("most", [0.05, 1e6])
-def test_clipping_is_torchs(most, tmp_path):
+def test_clipping_is_torchs(most, by, tmp_path):
     """Against a copy that torch clips and descends; far above the norm it changes no bit."""
-    run = engine.Run(configuration(tmp_path, weight_decay=0.01))
+    run = engine.Run(configuration(tmp_path, weight_decay=0.01, max_grad_norm=most if by == "flag" else None))
     copied = copy.deepcopy(run.network)
     optimizer = torch.optim.SGD(copied.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
     norms = []
     for x, y, _ in run.batches():
-        learn(run, x, y, max_norm=most)
+        learn(run, x, y, **({} if by == "flag" else {"max_norm": most}))
         optimizer.zero_grad()
         F.cross_entropy(copied.train()(x.contiguous(memory_format=torch.channels_last)), y).backward()
         gradients = torch.cat([p.grad.flatten() for p in copied.parameters()])
@@ -382,6 +384,28 @@ def test_an_optimizer_that_no_longer_grows_is_refused(tmp_path):
         next(run.batches())
 
 
+@pytest.mark.parametrize("script, base", [(train_awp, "pgd"), (train_awp, "trades"), (train_las_at, "awp")])
+def test_the_weight_average_is_of_weights_that_are_back(script, base, tmp_path, monkeypatch):
+    """AWP updates them while they are perturbed."""
+    found = []
+
+    class Watched(engine.Run):
+        def batches(self):
+            expected = {name: value.double().clone() for name, value in self.network.state_dict().items()}
+            for batch in super().batches():
+                yield batch
+                for name, value in self.network.state_dict().items():
+                    expected[name] = 0.8 * expected[name] + 0.2 * value if value.is_floating_point() else value.clone()
+            found.append((expected, self.average.state_dict()))
+
+    monkeypatch.setattr(engine, "Run", Watched)
+    script.main(configuration(tmp_path, kind=script.Config, base=base, ema=0.8, train_size=100, steps="2" if base == "awp" else 2, gamma=0.1,
+                              **({"strategy_width": 4} if base == "awp" else {"warmup": 0})))
+    (expected, average), = found
+    for name, value in average.items():
+        assert torch.allclose(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6), name
+
+
 def test_lbgat_of_single_batches_ends_like_one_run(tmp_path, differences):
     flags = dict(kind=train_lbgat.Config, steps=2, train_size=12, lr_schedule="cyclic")
     train_lbgat.main(configuration(tmp_path / "whole", **flags))
@@ -411,7 +435,7 @@ directory = Path(sys.argv[1])
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 distributed.start(torch.device("cpu"))
-rank, world = distributed.rank(), distributed.world()
+rank, world = distributed.rank(), distributed.world_size()
 found = {"world": world}
 FLAGS = dict(dataset="digits", val_size=4, batch_size=8, epochs=2, measure="pgd10", device="cpu", lr_schedule="constant", lr=0.1, arch="cnn1")
 
@@ -459,7 +483,7 @@ for method, train_size, more in (("fgsm_ep", 21, {}), ("fgsm_bp", 17, {}), ("fre
     script = importlib.import_module(f"train_{method}")
     out_dir = directory / f"{method}-{train_size}-{world}"
     script.main(script.Config(out_dir=str(out_dir), train_size=train_size, epsilon=24, **FLAGS | more))
-    distributed.wait()
+    distributed.barrier()
     found[f"{method} {train_size}"] = torch.load(out_dir / "state.pth", weights_only=True)["kept"]
 
 with distributed.leaving():

@@ -228,6 +228,13 @@ def test_a_real_process_ends_with_the_status():
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --epochs 0") and done.stderr.count("\n") == 1
 
 
+def test_a_gpu_without_memory_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as end, one_sentence():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "out of memory on the GPU" in said and "--batch-size" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_nobody_reads(unbuffered, digits_run, tmp_path):
     """As with `| head`: in one sentence, whether the print fails or only the flush at the end; and what was measured is there."""

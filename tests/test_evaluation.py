@@ -14,7 +14,7 @@ from torch import Tensor
 
 import attacks
 import models
-from engine import checkpoint, data, evaluate, record
+from engine import checkpoint, data, evaluate, foreign, record
 from engine.errors import Failure, Misuse
 
 EPS, ALPHA = 38 / 255, 38 / 255 / 4
@@ -80,14 +80,14 @@ def test_columns_are_the_attacks_called_plainly(model):
     points = data.to_images(x)
     found = measured(model, batch_size=120, columns=(*PLAIN, "pgd7"))
 
-    def start(stream: int) -> Tensor:
+    def start(stream: str) -> Tensor:
         return EPS * (2 * torch.rand(points.shape, generator=data.evaluation_generator(0, stream)) - 1)
 
     deltas = {
         "clean": torch.zeros_like(points),
-        "fgsm": attacks.pgd(model, points, y, eps=EPS, alpha=EPS, steps=1, start=start(0)),
-        **{f"pgd{n}": attacks.pgd(model, points, y, eps=EPS, alpha=ALPHA, steps=n, start=start(1)) for n in (7, 10, 20, 50)},
-        "cw": attacks.pgd(model, points, y, eps=EPS, alpha=ALPHA, steps=20, start=start(2), loss=attacks.margin),
+        "fgsm": attacks.pgd(model, points, y, eps=EPS, alpha=EPS, steps=1, start=start("fgsm")),
+        **{f"pgd{n}": attacks.pgd(model, points, y, eps=EPS, alpha=ALPHA, steps=n, start=start("pgd")) for n in (7, 10, 20, 50)},
+        "cw": attacks.pgd(model, points, y, eps=EPS, alpha=ALPHA, steps=20, start=start("cw"), loss=attacks.margin),
     }
     for column, delta in deltas.items():
         assert delta.abs().max() <= EPS and 0 <= (points + delta).min() and (points + delta).max() <= 1
@@ -312,6 +312,23 @@ def test_an_interrupted_autoattack_repeats_nothing(at, pretended, model, tmp_pat
     assert pretended.calls == uninterrupted, "a finished one runs nothing"
 
 
+def test_what_the_package_warns_of_is_kept(monkeypatch, model, tmp_path):
+    """Also by an evaluation that goes on after it did."""
+    def warning(model, x, y, *, attack, log, **more):
+        log(f"warning: {attack} might be insufficient")
+        log("of no interest")
+        return x, torch.ones(len(x), dtype=torch.bool)
+
+    monkeypatch.setattr(attacks, "auto_attack", warning)
+    lines = []
+    attack(model, N, tmp_path / "a.pth", columns=("apgd",), log=lines.append)
+    attack(model, N, tmp_path / "a.pth", log=lines.append)
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert state["warnings"] == [f"{name} might be insufficient" for name in attacks.AUTOATTACK] and state["seconds"] > 0
+    assert [line for line in lines if "might" in line] == [f"warning: {name} might be insufficient" for name in attacks.AUTOATTACK]
+    assert "of no interest" not in lines
+
+
 def test_apgd_is_the_first_attack_alone(pretended, model, tmp_path):
     first = attack(model, N, tmp_path / "a.pth", columns=("apgd",))
     assert [name for name, _ in pretended.calls] == ["apgd-ce"] and first.keys() == {"apgd"}
@@ -402,6 +419,42 @@ def test_the_evaluation_script(pretended, digits_run, tiny, monkeypatch):
         assert f"{column:6s} {metric['value']:6.2f} %†" in result.out, "marked, because the card is not trusted"
     plain = measured(network(digits_run / "best.pth"), n=360, batch_size=100)
     assert all(np.array_equal(plain[column].numpy(), verdicts[column]) for column in PLAIN)
+
+
+def test_an_evaluation_names_the_code_of_all_its_parts(pretended, digits_run, tiny, monkeypatch):
+    """AutoAttack may have been begun by another commit."""
+    out_dir = tiny.directory / "evaluation"
+    command = ("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, "--n-ex", 50, "--card-n", 0, "--attacks", "clean,aa")
+    for commit, dirty, at in (("a", True, "fab-t"), ("b", False, "square")):
+        monkeypatch.setattr(record, "source", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
+        pretended.interrupt(at)
+        with pytest.raises(Interrupted):
+            tiny.command(*command)
+    pretended.interrupt(None)
+    monkeypatch.setattr(record, "source", lambda: {"commit": "c", "dirty": False})
+    assert tiny.command(*command).status == 0
+    content = json.loads((out_dir / "evaluation.json").read_text())
+    assert (content["commit"], content["dirty"], content["earlier_commits"]) == ("c", True, ["a", "b"])
+    assert tiny.command(*command[:-1], "clean").status == 0
+    content = json.loads((out_dir / "evaluation.json").read_text())
+    assert (content["commit"], content["dirty"]) == ("c", False) and "earlier_commits" not in content, "nothing of it is AutoAttack's"
+
+
+def test_doubts_of_which_network_it_is_are_warnings(digits_run, tiny, monkeypatch):
+    load = foreign.load
+
+    def doubted(*arguments, **more):
+        network, report = load(*arguments, **more)
+        return network, report | {"doubts": ["it may be another network"]}
+
+    monkeypatch.setattr(foreign, "load", doubted)
+    out_dir = tiny.directory / "evaluation"
+    result = tiny.command("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, "--n-ex", 20, "--card-n", 0, "--attacks", "clean")
+    content = json.loads((out_dir / "evaluation.json").read_text())
+    assert content["warnings"][0] == "it may be another network" and "warning: it may be another network" in result.out
+    assert f"resnet8, normalisation none ({content['checkpoint']['reason']})" in result.out
+    assert content["checkpoint"]["sha256"] == json.loads((digits_run / "result.json").read_text())["checkpoints"]["best"]["sha256"]
+    assert content["config"]["n_ex"] == 20 and content["images_per_second"] > 0
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])

@@ -43,8 +43,8 @@ def images(n: int = N) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(dataset.x_test[:n]), torch.from_numpy(dataset.y_test[:n])
 
 
-def compiled(model: nn.Module, backend: str | Callable = "aot_eager") -> evaluate.Compiled:
-    return evaluate.Compiled(model, *images(BATCH), backend=backend)
+def compiled(model: nn.Module, backend: str | Callable = "aot_eager") -> evaluate.CompiledSearch:
+    return evaluate.CompiledSearch(model, *images(BATCH), backend=backend)
 
 
 def plain_columns(model: nn.Module, search: nn.Module | None = None) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def test_a_network_that_cannot_be_compiled_is_said(model):
 
 
 def test_the_script_searches_with_the_compiled_network(digits_run, tiny, monkeypatch):
-    monkeypatch.setattr(evaluate, "Compiled", functools.partial(evaluate.Compiled, backend="aot_eager"))
+    monkeypatch.setattr(evaluate, "CompiledSearch", functools.partial(evaluate.CompiledSearch, backend="aot_eager"))
     contents = []
     for name, flags in (("plain", ()), ("compiled", ("--compile",))):
         result = tiny.command("test_FGSM_SDI", "--model-path", digits_run / "best.pth", "--out-dir", tiny.directory / name, "--n-ex", 50,
@@ -173,14 +173,23 @@ def test_the_script_searches_with_the_compiled_network(digits_run, tiny, monkeyp
 # ---- the batch size --------------------------------------------------------------------------------------------------
 
 def test_the_batch_size_is_that_of_the_evaluation_to_continue(model, tmp_path):
+    def chosen(**other: float) -> int:
+        return evaluate.batch_size_for(model, *images(), path=path, **{"eps": SETTINGS["eps"], "seed": SETTINGS["seed"]} | other)
+
     path = tmp_path / "autoattack.pth"
-    assert evaluate.batch_size_for(model, *images(), path) == 500
+    assert chosen() == 500
     autoattack(model, path)
-    assert evaluate.batch_size_for(model, *images(), path) == BATCH
+    assert chosen() == BATCH
+    assert chosen(eps=EPS / 2) == chosen(seed=1) == 500, "another evaluation, which begins anew"
     checkpoint.save({"identity": "of before there was an entry"}, path)
-    assert evaluate.batch_size_for(model, *images(), path) == 500
+    assert chosen() == 500
     path.write_bytes(b"nonsense")
-    assert evaluate.batch_size_for(model, *images(), path) == 500
+    assert chosen() == 500
+    path.unlink()
+    autoattack(model, path)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert chosen() == 500, "another network's"
 
 
 @pytest.mark.parametrize("most, expected", [(0.3, 1), (1, 1), (63.9, 32), (64, 64), (700.5, 512), (1e9, evaluate.LARGEST_BATCH)])

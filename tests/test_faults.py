@@ -826,7 +826,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = kill(200, Path(folder))
-    content = {**found, **record.provenance(torch.device("cpu"), "fp32")}
+    content = {**found, **record.provenance(torch.device("cpu"), "fp32", record.source())}
     (ROOT / "results" / "faults").mkdir(parents=True, exist_ok=True)
     record.write_json(content, ROOT / "results" / "faults" / "kills.json")
     record.write_text(page_with(kills_shown(content)), PAGE)

@@ -119,7 +119,7 @@ def test_what_was_not_measured_has_no_panel(trained: dict[str, Trained]) -> None
     run = copy.deepcopy(trained["fgsm_rs"])
     for row in run.log:
         del row["train_clean"], row["train_pgd10"]
-    run.run["config"]["measure_train"] = 0
+    run.result["config"]["measure_train"] = 0
     found = measure.curves([run], SETTING)
     assert sorted(found["panels"]) == ["held-out clean", "held-out pgd10"] and found["n"]["train"] == []
 
@@ -206,7 +206,7 @@ def test_transplants_tell_reading_a_perturbation_from_looking_at_an_image(monkey
     monkeypatch.setitem(nets, "looks", Reader(0.0))
     runs = [known("reads"), known("looks")]
     for run in runs:
-        run.run["config"]["batch_size"] = 20
+        run.result["config"]["batch_size"] = 20
     found = measure.transplants(runs, Grey())
     assert (found["n"], found["epsilon"]) == (40, 51.0)
     for label, shares in {"reads": {"clean": 100, "fgsm": 100, "perturbation": 100, "image": 0}, "looks": {"clean": 100, "fgsm": 0, "perturbation": 0, "image": 100}}.items():
@@ -221,7 +221,7 @@ def test_transplants_are_those_of_a_plain_loop(trained: dict[str, Trained]) -> N
     found = measure.transplants([run], SETTING)
     x, y = SETTING.images([run])
     images, y, n = data.to_images(x)[:32], y[:32], 32
-    assert found["n"] == n and run.run["config"]["batch_size"] == n
+    assert found["n"] == n and run.result["config"]["batch_size"] == n
     for mode in ("training", "evaluation"):
         network = run.network("last", SETTING.device).train(mode == "training")
         points = images.clone().requires_grad_()
@@ -261,7 +261,7 @@ def test_initialisations_are_those_of_training(trained: dict[str, Trained]) -> N
 
     def delta(net: nn.Module) -> dict[str, Any]:
         s_x = train_fgsm_sdi.input_gradient(net, x, y).sign()
-        made = train_fgsm_sdi.perturb(net, generator, x, y, s_x, run.eps, run.run["config"]["alpha"] / 255)
+        made = train_fgsm_sdi.perturb(net, generator, x, y, s_x, run.eps, run.result["config"]["alpha"] / 255)
         return measure.packed(measure._bytes((made[:3] / run.eps + 1) / 2))
 
     with torch.no_grad():
@@ -285,17 +285,17 @@ def test_strategies_are_distributions_over_what_there_was_to_choose(trained: dic
         measure.strategies([trained["fgsm_rs"]], SETTING)
 
 
-def evaluated(label: str, value: float, column: str = "aa", n: int = 200, device: str = "CPU", seed: int = 0) -> Trained:
+def evaluated(label: str, value: float, column: str = "aa", n: int = 200, device: str = "CPU", seed: int = 0, epsilon: float = 8, dataset: str = "digits") -> Trained:
     metric = {"value": value, "n": n, "interval": [value - 5, value + 5]}
-    run = {"dataset": "digits", "seed": seed, "device": device, "seconds": {"training": 120}}
-    return Trained(label, Path(), {"run": run, "log": [], "evaluations": {"last": {"metrics": {column: metric, "pgd50": metric | {"value": value + 1}}}}})
+    run = {"dataset": dataset, "seed": seed, "device": device, "seconds": {"training": 120}, "config": {"epsilon": epsilon}}
+    return Trained(label, Path(), {"run": run, "log": [], "evaluations": {"last": {"device": device, "metrics": {column: metric, "pgd50": metric | {"value": value + 1}}}}})
 
 
 def test_pareto_compares_only_what_can_be_compared(trained: dict[str, Trained]) -> None:
     found = measure.pareto([evaluated("A", 40), evaluated("A", 42, seed=1), evaluated("B", 45)], SETTING)
     assert found["column"] == "aa" and [point["value"] for point in found["points"]["A"]] == [40, 42] and found["points"]["B"][0]["minutes"] == 2
     assert measure.pareto([evaluated("A", 40), evaluated("B", 45, column="cw")], SETTING)["points"]["A"][0]["value"] == 41  # PGD-50, which both have
-    for other in (evaluated("B", 45, n=100), evaluated("B", 45, device="GPU")):
+    for other in (evaluated("B", 45, n=100), evaluated("B", 45, device="GPU"), evaluated("B", 45, epsilon=4), evaluated("B", 45, dataset="cifar10")):
         with pytest.raises(Misuse, match="differ in"):
             measure.pareto([evaluated("A", 40), other], SETTING)
     real = Setting(Path("data"), torch.device("cpu"), "best", 40)
@@ -331,23 +331,41 @@ def test_grad_cam_is_its_formula(trained: dict[str, Trained]) -> None:
 def test_from_runs_to_files_and_drawn_again(trained: dict[str, Trained], tmp_path: Path) -> None:
     folders = ",".join(str(trained[name].folder) for name in ("fgsm_rs", "fgsm_sdi"))
     command = ["figure", "curves", "--scale", "small", "--figures", str(tmp_path), "--device", "cpu"]
-    reproduce.main([*command, "--runs", folders])
-    content = json.loads((tmp_path / "small" / "curves.json").read_text())
+    command += ["--runs", folders]
+    reproduce.main(command)
+    content = json.loads((tmp_path / "runs" / "curves.json").read_text())
     assert [run["label"] for run in content["runs"]] == ["FGSM-RS", "FGSM-SDI"] and {"commit", "dirty", "device", "versions"} <= content["provenance"].keys()
     assert str(trained["fgsm_rs"].folder) not in json.dumps(content["runs"])
-    before = (tmp_path / "small" / "curves.png").read_bytes()
-    (tmp_path / "small" / "curves.png").unlink()
+    before = (tmp_path / "runs" / "curves.png").read_bytes()
+    (tmp_path / "runs" / "curves.png").unlink()
     reproduce.main([*command, "--redraw"])
-    assert (tmp_path / "small" / "curves.png").read_bytes() == before
+    assert (tmp_path / "runs" / "curves.png").read_bytes() == before
 
 
 def test_pareto_of_the_demos_files(tmp_path: Path) -> None:
     files = {name: Path(reproduce.__file__).parent / "results" / "demo-digits-all" / f"{name.lower()}-seed0.json" for name in ("N-FGSM", "Standard")}
     reproduce.main(["figure", "pareto", "--scale", "small", "--figures", str(tmp_path), "--device", "cpu", "--checkpoint", "last", "--runs", ",".join(map(str, files.values()))])
-    points = json.loads((tmp_path / "small" / "pareto.json").read_text())["points"]
+    points = json.loads((tmp_path / "runs" / "pareto-last.json").read_text())["points"]
     for name, path in files.items():
         run = json.loads(path.read_text())
         assert (points[name][0]["value"], points[name][0]["minutes"]) == (run["evaluations"]["last"]["metrics"]["aa"]["value"], run["run"]["seconds"]["training"] / 60)
+
+
+def test_runs_of_one_script_with_other_flags_are_no_seeds_of_each_other(tiny: Tiny) -> None:
+    folders = [tiny.train("train_fgsm_rs", "--epochs", 1, *flags) for flags in ((), ("--init", "zero"), ("--init", "zero", "--seed", 1))]
+    assert [run.label for run in of_folders(folders)] == ["FGSM-RS --init uniform", "FGSM-RS --init zero", "FGSM-RS --init zero"]
+    assert [run.label for run in of_folders(folders[1:])] == ["FGSM-RS", "FGSM-RS"]
+
+
+def test_an_evaluation_of_other_weights_is_refused(tiny: Tiny) -> None:
+    folder = tiny.train("train_fgsm_rs", "--epochs", 1)
+    assert tiny.command("test_FGSM_SDI", "--model-path", folder / "best.pth", "--out-dir", folder / "best", "--attacks", "clean", "--n-ex", 10, "--device", "cpu").status == 0
+    assert of_folders([folder])[0].content["evaluations"].keys() == {"best"}
+    tiny.train("train_fgsm_rs", "--epochs", 1, "--seed", 1, out_dir=folder.with_name("other"))
+    for name in ("result.json", "best.pth", "last.pth"):
+        (folder.with_name("other") / name).replace(folder / name)
+    with pytest.raises(Misuse, match="best/evaluation.json is of other weights"):
+        of_folders([folder])
 
 
 def test_help_names_every_figure(tiny: Tiny) -> None:
@@ -384,10 +402,15 @@ def test_a_tables_runs_are_found_and_what_is_gone_is_named(trained: dict[str, Tr
     assert "note: PGD-AT, FGSM-CKPT, FGSM-GA, Free-AT(m=8), FGSM-SDI: not measured" in capsys.readouterr().err
     with pytest.raises(Misuse, match="FGSM-SDI: not measured"):
         figures.runs(figures.FIGURES["grad-cam"], place)
-    with pytest.raises(Misuse, match=r"best.pth, of FGSM-RS, is not there: python train_fgsm_rs.py .* makes it again"):
+    with pytest.raises(Misuse, match=r"best.pth, of FGSM-RS, is not there: reproduce.py run .* makes both anew"):
         found.network("best", torch.device("cpu"))
     job.folder.parent.mkdir(parents=True)
+    job.folder.symlink_to(trained["fgsm_sdi"].folder)
+    with pytest.raises(Misuse, match="of another training than the one that was measured as FGSM-RS"):
+        found.network("best", torch.device("cpu"))
+    job.folder.unlink()
     job.folder.symlink_to(run.folder)
+    assert not found.network("best", torch.device("cpu")).training
     assert list(found.snapshots()) == [1, 2]
     other = Place("PGI", tables.find("PGI"), scale, tmp_path / "out", tmp_path / "results")
     assert [each.label for each in figures.runs(figures.FIGURES["pareto"], other)] == ["FGSM-RS"]  # once, though both tables have it

@@ -467,8 +467,8 @@ def test_doubts_are_noted(tmp_path):
     state, x, _ = trained("resnet18", "none")
     constant = state | {"linear.weight": torch.zeros_like(state["linear.weight"])}
     report = foreign.load(saved(tmp_path / "tie.pth", constant), images=x, labels=torch.arange(64) % 10)[1]
-    assert any("0.00 points behind" in note for note in report["notes"])
-    assert any("near chance" in note for note in report["notes"])
+    assert any("0.00 points behind" in doubt for doubt in report["doubts"])
+    assert any("near chance" in doubt for doubt in report["doubts"])
     assert report["arch"] == "resnet18" and report["normalise"] == "none"  # the first wins a tie
 
 

@@ -151,15 +151,15 @@ def test_verdicts_are_those_of_a_cpu(float64):
 
 def test_verdicts_of_the_compiled_search_are_those_of_the_plain_one():
     torch._dynamo.reset()
-    model = copy.deepcopy(trained()).to(DEVICE)
-    search = evaluate.Compiled(model, *digits(BATCH))
+    model = copy.deepcopy(trained()).float().to(DEVICE)
+    search = evaluate.CompiledSearch(model, *digits(BATCH))
     found, wanted = plain_columns(model, search), plain_columns(model)
     assert all((found[column] != wanted[column]).double().mean() <= 0.05 for column in COLUMNS)
 
 
 def test_autoattack_is_about_that_of_a_cpu(tmp_path):
     """Its noise is the device's own."""
-    found, wanted = (autoattack(copy.deepcopy(trained()).to(device), tmp_path / f"{device}.pth")["apgd"].double().mean() for device in (DEVICE, "cpu"))
+    found, wanted = (autoattack(copy.deepcopy(trained()).float().to(device), tmp_path / f"{device}.pth")["apgd"].double().mean() for device in (DEVICE, "cpu"))
     assert 0 < wanted < 1 and abs(found - wanted) <= 0.1
 
 

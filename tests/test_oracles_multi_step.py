@@ -26,6 +26,7 @@ import train_gairat
 import train_las_at
 import train_liet
 import train_mart
+import utils
 from engine import data
 from tests.conftest import doubles
 
@@ -1020,7 +1021,7 @@ def test_awp_leaves_weights_that_are_frozen(script):
     network, (_, x, y) = Odd().train(), some_network()
     network.unused = nn.Linear(4, 4).requires_grad_(False)
     before = copy.deepcopy(network.unused.state_dict())
-    with script.perturbed_weights(network, lambda: cross_entropy(network(x), hard(y)), 0.02):
+    with utils.moved(*script.perturb_weights(network, lambda: cross_entropy(network(x), hard(y)), 0.02)):
         assert all(torch.equal(value, before[name]) for name, value in network.unused.state_dict().items())
     trained = train_las_at.descended(network, x, y, torch.zeros_like(x), None, train_las_at.Config(base="awp", lr=0.1), CLASSES, 0.1)
     moved = {name.split(".")[0] for name, value in trained.state_dict().items() if not torch.equal(value, network.state_dict()[name])}
@@ -1032,7 +1033,7 @@ def test_awp_leaves_weights_that_are_frozen(script):
 def test_awp_moves_nothing_along_a_gradient_that_is_not_finite(script, bad):
     network, (_, x, _) = Odd().train(), some_network()
     before = copy.deepcopy(network.state_dict())
-    with script.perturbed_weights(network, lambda: (network.linear(network.table.expand(3, -1, -1, -1).flatten(1)) * bad).sum() + network(x).sum(), 0.02):
+    with utils.moved(*script.perturb_weights(network, lambda: (network.linear(network.table.expand(3, -1, -1, -1).flatten(1)) * bad).sum() + network(x).sum(), 0.02)):
         assert torch.equal(network.linear.weight, before["linear.weight"]) and not torch.equal(network.convolution.weight, before["convolution.weight"])
     for name in ("linear.weight", "table"):
         assert torch.equal(network.state_dict()[name], before[name])
@@ -1044,7 +1045,7 @@ def test_awp_moves_weights_alone_and_puts_them_back(script):
     target, before = hard(y), copy.deepcopy(network.state_dict())
     direction = weight_direction(network, lambda proxy: cross_entropy(proxy(x), target))
     assert set(direction) == {"convolution.weight", "linear.weight"}
-    with script.perturbed_weights(network, lambda: cross_entropy(network(x), target), 0.02):
+    with utils.moved(*script.perturb_weights(network, lambda: cross_entropy(network(x), target), 0.02)):
         inside = copy.deepcopy(network.state_dict())
         with torch.no_grad():
             network.linear.weight += 0.25

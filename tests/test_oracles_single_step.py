@@ -1101,7 +1101,7 @@ def test_positions_of_the_processes_make_up_the_batch(monkeypatch):
         parts = []
         for rank in range(world):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(distributed, "world", lambda world=world: world)
+            monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
             monkeypatch.setattr(run, "_global_batch", size)
             parts += run.positions.tolist()
         assert parts == list(range(size))

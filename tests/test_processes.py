@@ -114,10 +114,10 @@ def asked(run):
 
 with distributed.leaving():
     if what == "all":
-        processes.train_all(directory / str(distributed.world()))
-        align_some(directory / str(distributed.world()) / "fgsm_ga of some")
-        reward_fully(directory / str(distributed.world()) / "las_at unclipped")
-        if distributed.world() > 1:
+        processes.train_all(directory / str(distributed.world_size()))
+        align_some(directory / str(distributed.world_size()) / "fgsm_ga of some")
+        reward_fully(directory / str(distributed.world_size()) / "las_at unclipped")
+        if distributed.world_size() > 1:
             train_wrongly(directory / "wrong")
     elif what == "killed":
         with stopped_before(6, killed):
@@ -216,7 +216,7 @@ def test_two_processes_go_on_where_one_stopped_or_two_were_killed(killed, traine
 
 
 def test_a_save_that_only_another_process_finds_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "most", lambda value, device: 1)
+    monkeypatch.setattr(distributed, "maximum", lambda value, device: 1)
     with pytest.raises(engine.Failure, match="does not find .*state.pth"):
         engine.Run(engine.Config(dataset="digits", device="cpu", out_dir=str(tmp_path)))
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -16,9 +17,11 @@ import pytest
 import torch
 
 import reproduce
+import train_fgsm_rs
 from engine import record
 from engine.errors import Failure, Misuse
 from experiments import runner, side_by_side, tables
+from experiments.demo import DEMOS, job as demo_job
 from experiments.tables import SCALES, Row, Scale, Table
 
 EVERY = [(name, table) for name, several in tables.TABLES.items() for table in several]
@@ -123,7 +126,7 @@ def test_an_unknown_table_is_refused(name, dataset):
 
 def made_up(job, seed: int, values: dict[str, float], n: int = 10_000, dirty: bool = False, warnings: tuple[str, ...] = (), card: bool = True, compiled: bool = False) -> None:
     """A run's JSON with the fields that the tables read."""
-    evaluation = {"n": n, "dirty": dirty, "warnings": list(warnings), "card": {"trusted": card and not warnings}, "metrics": {name: {"value": value, "n": n} for name, value in values.items()}}
+    evaluation = {"n": n, "dirty": dirty, "device": "another device", "commit": "e" * 40, "warnings": list(warnings), "card": {"trusted": card and not warnings}, "metrics": {name: {"value": value, "n": n} for name, value in values.items()}}
     run = {"seed": seed, "config": {"compile": compiled}, "dirty": False, "device": "a device", "precision": "fp32", "commit": "c" * 40, "versions": {"torch": "2.6"}, "seconds": {"training": 600.0}}
     job.result.parent.mkdir(parents=True, exist_ok=True)
     job.result.write_text(json.dumps({"label": job.label, "run": run, "log": [], "evaluations": {"best": evaluation, "last": evaluation}}))
@@ -149,6 +152,14 @@ def test_what_is_not_shown_and_what_was_compiled_is_said(tmp_path):
     jobs[2].result.write_text("{")
     with pytest.raises(Misuse, match="is damaged"):
         side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
+
+
+def test_a_table_names_what_it_was_trained_and_evaluated_on(tmp_path):
+    table, scale = tables.find("VII"), SCALES["full"]
+    made_up(table.job(tables.FGSM_RS, 0, scale, Path(), tmp_path), 0, {"aa": 42.0})
+    assert "a device, another device; fp32" in (text := side_by_side.rendered(table, scale, tmp_path, "text", 1.0)) and "commit cccccccccc, eeeeeeeeee." in text
+    row = next(row for row in csv.DictReader(io.StringIO(side_by_side.rendered(table, scale, tmp_path, "csv", 1.0))) if row["ours"])
+    assert (row["device"], row["commit"]) == ("a device; another device", "cccccccccc; eeeeeeeeee")
 
 
 def test_ours_stands_beside_published_with_its_deviation(tmp_path):
@@ -242,6 +253,41 @@ def test_what_is_finished_is_not_done_again(digits, tmp_path, capsys):
     assert {path: stamp for path, stamp in stamps(tmp_path).items() if before.get(path) != stamp}.keys() == {str(results[0])}, "collected again, not trained or evaluated"
 
 
+MEASURED = [job for name, demo in DEMOS.items() for label in demo.methods for seed in demo.seeds
+            if (job := demo_job(demo, label, seed, Path(), record.ROOT / "results" / f"demo-{name}")).result.is_file()] + [
+    job for _, table in EVERY for row in table.rows if row.command for seed in side_by_side.SEEDS for scale in SCALES.values()
+    if (job := table.job(row, seed, scale, Path(), record.ROOT / "results" / "tables")).result.is_file()]
+
+
+def test_what_is_measured_here_is_what_its_command_would_do_today():
+    """A default that changes makes the numbers those of another setting."""
+    assert len(MEASURED) > 150
+    assert {job.result.name: changes for job in MEASURED if (changes := job.changes(record.read_json(job.result)["run"]["config"]))} == {}
+
+
+def test_a_result_of_other_settings_is_neither_taken_nor_overwritten(tmp_path):
+    job = DIGITS.job(ROWS[0], 0, TINY, tmp_path / "output", tmp_path)
+    config = dataclasses.asdict(train_fgsm_rs.Config.parse(None, list(job.train[1:])))
+    job.result.parent.mkdir(parents=True)
+    record.write_json({"run": {"config": config | {"data_dir": "elsewhere/"}}, "evaluations": {"best": {}, "last": {}}}, job.result)
+    assert job.is_done()
+    record.write_json({"run": {"config": config | {"lr": 0.3}}, "evaluations": {"best": {}, "last": {}}}, job.result)
+    said, = runner.do_all([job], tmp_path, ["cpu"])
+    assert "measured with --lr 0.3, and now it would be 0.2" in said and not (tmp_path / "output").exists()
+
+
+def test_an_evaluation_of_weights_that_are_gone_is_none(tmp_path):
+    """Where a training began anew, the old one's still lie beside it."""
+    job = DIGITS.job(ROWS[0], 0, TINY, tmp_path, tmp_path)
+    folder = job.folder / f"best{job.suffix}"
+    folder.mkdir(parents=True)
+    assert not job._is_of("best")
+    record.write_json({"checkpoints": {"best": {"sha256": "a"}}}, job.folder / "result.json")
+    for digest, expected in (("a", True), ("b", False)):
+        record.write_json({"checkpoint": {"sha256": digest}}, folder / "evaluation.json")
+        assert job._is_of("best") == expected
+
+
 def test_a_table_that_shows_more_checkpoints_adds_their_evaluation(digits, tmp_path, monkeypatch):
     monkeypatch.setitem(tables.TABLES, "D", (Table(**{**vars(DIGITS), "checkpoints": ("last",)}),))
     digits("--rows", "RS")
@@ -297,6 +343,20 @@ def test_one_failure_does_not_stop_the_rest(digits, tmp_path, monkeypatch):
     with pytest.raises(Failure, match="Broken, seed 0.*status 2") as failed:
         digits("--rows", "Broken,Standard")
     assert len(list((tmp_path / "results").rglob("*.json"))) == 1 and "Standard" not in str(failed.value)
+
+
+def test_a_result_that_cannot_be_written_does_not_stop_the_rest(monkeypatch, tmp_path):
+    done = []
+
+    def do(job, *_):
+        if job.seed == 0:
+            raise OSError(30, "Read-only file system", str(job.result))
+        done.append(job.seed)
+
+    monkeypatch.setattr(runner.Job, "do", do)
+    jobs = [DIGITS.job(ROWS[0], seed, TINY, tmp_path, tmp_path) for seed in range(3)]
+    said, = runner.do_all(jobs, tmp_path, ["cpu"])
+    assert said.startswith("RS, seed 0: ") and "Read-only" in said and done == [1, 2]
 
 
 def test_rows_that_are_not_offered_are_refused(digits):

@@ -283,7 +283,29 @@ def test_a_run_that_begins_anew_leaves_no_snapshots_of_the_old_one(tiny):
 
 
 def test_which_flags_may_change():
-    assert checkpoint.MAY_CHANGE == {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
+    assert checkpoint.MAY_CHANGE == {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "precision", "workers", "snapshots", "co_guard", "on_nonfinite"}
+
+
+def test_another_precision_is_refused_and_its_name_may_change(tiny):
+    """--precision auto is bf16 on one machine and fp32 on the next."""
+    out_dir = tiny.directory / "run"
+    with at_update(MIDDLE, terminate):
+        tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir)
+    result = tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir, "--precision", "bf16")
+    assert result.status == 2 and "trained in fp32" in result.err and "bf16" in result.err and "--resume never" in result.err
+    assert tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir, "--precision", "fp32").status == 0
+    assert "earlier_machines" not in json.loads((out_dir / "result.json").read_text())
+
+
+def test_a_result_names_the_machines_of_all_its_parts(tiny, monkeypatch):
+    out_dir, processor = tiny.directory / "run", record._processor()
+    for name in ("a slow one", processor):
+        monkeypatch.setattr(record, "_processor", lambda name=name: name)
+        with at_update(MIDDLE, terminate) if name != processor else suppress():
+            assert tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir).status == 0
+    result = json.loads((out_dir / "result.json").read_text())
+    assert result["device"] == processor
+    assert result["earlier_machines"] == [{"device": "a slow one", "torch": torch.__version__, "precision": "fp32", "processes": 1}]
 
 
 def test_other_data_are_refused(tiny, monkeypatch):
@@ -306,8 +328,8 @@ def test_a_result_names_the_code_of_all_its_parts(tiny, monkeypatch):
     """The tree may change while a run trains, and between its parts."""
     out_dir = tiny.directory / "run"
     for commit, dirty in (("a", True), ("b", False)):
-        monkeypatch.setattr(record, "_tree", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
-        with at_update(MIDDLE, terminate if commit == "a" else lambda: monkeypatch.setattr(record, "_tree", lambda: pytest.fail("asked again"))):
+        monkeypatch.setattr(record, "source", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
+        with at_update(MIDDLE, terminate if commit == "a" else lambda: monkeypatch.setattr(record, "source", lambda: pytest.fail("asked again"))):
             assert tiny.command("train_fgsm_rs", *tiny.flags, "--out-dir", out_dir).status == 0
     result = json.loads((out_dir / "result.json").read_text())
     assert (result["commit"], result["dirty"], result["earlier_commits"]) == ("b", True, ["a"])

@@ -7,14 +7,17 @@ import pytest
 import torch
 
 import engine
+import train_fgsm_ga
+import train_fgsm_mep
 import train_free_at
 import train_gat
 import train_las_at
+import train_lbgat
 import train_nuat
 import train_vfsat
 
 SCHEDULE = dict(arch="resnet18", epochs=110, batch_size=128, lr=0.1, lr_schedule="multistep", weight_decay=5e-4, epsilon=8, label_factor=1,
-                augment="crop", padding="zero", normalise="none", ema=0, cycle_momentum=True, cyclic_top=0.5, select_on="val", val_size=1000)
+                augment="crop", padding="zero", normalise="none", ema=0, max_grad_norm=None, cycle_momentum=True, cyclic_top=0.5, select_on="val", val_size=1000)
 PUBLISHED = {  # on CIFAR-10 at 8/255
     "train_standard": {},
     "train_fgsm_rs": dict(alpha=10, init="uniform"),
@@ -24,8 +27,8 @@ PUBLISHED = {  # on CIFAR-10 at 8/255
     "train_fgsm_bp": dict(alpha=8, label_factor=0.6, pgi_lambda=10, reduction="mean", init="corner"),
     "train_fgsm_ep": dict(alpha=8, label_factor=0.6, pgi_lambda=10, reduction="mean", init="corner", align=False, reset=40),
     "train_fgsm_mep": dict(alpha=8, label_factor=0.6, pgi_lambda=10, reduction="mean", init="corner", align=False, mu=0.3, accumulate="normalised", reset=40),
-    "train_vfsat": dict(radii="2.0,4.0,6.0,8.0,8.0,8.0,8.0,8.0"),
-    "train_gradsum": dict(alpha=8, gradsum_lambda=10),
+    "train_vfsat": dict(radii="2.0,4.0,6.0,8.0,8.0,8.0,8.0,8.0", max_grad_norm=20),
+    "train_gradsum": dict(alpha=8, gradsum_lambda=10, max_grad_norm=20),
     "train_n_fgsm": dict(alpha=8, k=2),
     "train_nuat": dict(alpha=8, nuclear=4.5),
     "train_gat": dict(alpha=8, guidance=10, late_factor=4),
@@ -39,7 +42,7 @@ PUBLISHED = {  # on CIFAR-10 at 8/255
     "train_awp": dict(alpha=2, steps=10, beta=6, base="pgd", gamma=0.01, warmup=0, attack_bn="train"),
     "train_fat": dict(alpha=2, steps=10, tau=None, omega=0.001),
     "train_gairat": dict(alpha=2, steps=10, gair_lambda=-1, weights="tanh", begin=0.5),
-    "train_lbgat": dict(alpha=2, steps=10, beta=0, teacher="resnet18"),
+    "train_lbgat": dict(alpha=2, steps=10, beta=0, teacher="resnet18", teacher_width=None),
     "train_las_at": dict(base="pgd", label_factor=0.7, radii="3-15", steps="3-14", step_sizes="1-5", betas="5-9", interval=20, reward="accuracy", robust=4,
                          clean=2, strategy_lr=1e-4, momentum=0, strategy_width=64, gamma=0.01),
 }
@@ -113,3 +116,23 @@ def test_nuats_weight_grows_over_nine_tenths_of_the_epochs(monkeypatch):
     monkeypatch.setattr(train_nuat, "perturb", perturb)
     train_nuat.main(train_nuat.Config(epochs=100))
     assert weights == pytest.approx([batch * 4.5 * min(epoch / 90, 1) for epoch in range(100) for batch in (0, 1)]), "the attack climbs it in every other batch"
+
+
+@pytest.mark.parametrize("epsilon, expected", [(1, 1.657), (4, 1.976), (8, 2.5), (12, 3.162), (16, 3.162)])
+def test_grad_aligns_weight_on_svhn(epsilon, expected):
+    """The authors' script of commands for it, from 1 to 12."""
+    assert train_fgsm_ga.Config(dataset="svhn", epsilon=epsilon).ga_lambda == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("kind, flags", [(train_las_at, dict(base=base)) for base in ("pgd", "trades", "awp")] + [(train_fgsm_mep, {})])
+def test_gradients_are_clipped_on_tiny_imagenet(kind, flags):
+    assert kind.Config(dataset="tiny-imagenet", **flags).max_grad_norm == 10 and kind.Config(dataset="cifar100", **flags).max_grad_norm is None
+    assert kind.Config(dataset="tiny-imagenet", max_grad_norm=3.0, **flags).max_grad_norm == 3
+
+
+@pytest.mark.parametrize("arch, width, expected", [
+    ("wideresnet34-10", None, None), ("wideresnet34-10", 10, None), ("resnet18", 16, 16), ("preactresnet18", 16, 16), ("resnet18", None, None)])
+def test_lbgats_teacher_is_as_wide_as_widths_are_alike(arch, width, expected):
+    """A wide ResNet's is a factor."""
+    assert train_lbgat.Config(arch=arch, width=width).teacher_width == expected
+    assert train_lbgat.Config(arch=arch, width=width, teacher_width=8).teacher_width == 8

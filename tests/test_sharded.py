@@ -118,8 +118,8 @@ def work(what: str, model: Path, directory: Path) -> None:
             evaluated(model, directory / "one, then two", "--attacks", "aa")
             evaluated(model, directory / "few", "--n-ex", 1, "--attacks", "clean,pgd10,aa")
         with exactly() as patch:
-            collected = distributed.collected
-            patch.setattr(distributed, "collected", lambda rows: collected(rows).flip(0))
+            collected = distributed.gather
+            patch.setattr(distributed, "gather", lambda rows: collected(rows).flip(0))
             evaluated(model, directory / "disordered", "--attacks", "aa")
         with shortly():
             evaluated(model, directory / "autoattack", "--attacks", "clean,aa")

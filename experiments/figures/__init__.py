@@ -63,10 +63,11 @@ def measured(name: str, found: Sequence[Trained], setting: Setting, path: Path) 
     """Writes what the figure shows of these runs, and where every number comes from."""
     from experiments.figures import measure
 
+    code = record.source()
     content = getattr(measure, name.replace("-", "_"))(found, setting)
     path.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({"figure": name, "runs": [run.origin() for run in found], "checkpoint": setting.checkpoint, **content,
-                       "provenance": record.provenance(setting.device, "fp32")}, path)
+                       "provenance": record.provenance(setting.device, "fp32", code)}, path)
 
 
 def drawn(path: Path) -> None:

@@ -18,6 +18,7 @@ from engine import evaluate
 from engine.config import numbers
 from engine.data import evaluation_generator, to_images
 from engine.errors import Misuse
+from experiments import show
 from experiments.figures.sources import Setting, Trained, one
 from models import PerturbationGenerator, StrategyNetwork
 from utils import cosine, inside_image, project, untracked
@@ -26,7 +27,6 @@ RADII = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)  # in 255ths at epsilon 8
 STEPS = 20
 GRID, REACH = 17, 2  # of the landscape: points on each axis, and how many radii it goes to either side
 SHOWN = {"grad-cam": 6, "initialisations": 3, "landscape": 50}  # images
-NOISE = 9  # a stream of random numbers of its own
 
 Lines = dict[str, list[dict[str, Any]]]
 
@@ -42,7 +42,7 @@ def _lines(runs: Sequence[Trained], line: Callable[[Trained], tuple[Sequence[flo
     for run in runs:
         x, y = line(run)
         if len(x):
-            found.setdefault(run.label, []).append({"seed": run.run["seed"], "x": list(x), "y": list(y)})
+            found.setdefault(run.label, []).append({"seed": run.result["seed"], "x": list(x), "y": list(y)})
     return found
 
 
@@ -69,12 +69,12 @@ def curves(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """From the logs: clean and PGD-10 accuracy in percent after each epoch; the training images' only where --measure-train had them measured."""
     def logged(part: str, column: str) -> Lines:
         def line(run: Trained) -> tuple[list[float], list[float]]:
-            key = f"{run.run['config']['select_on'] if part == 'held-out' else part}_{column}"
+            key = f"{run.result['config']['select_on'] if part == 'held-out' else part}_{column}"
             rows = [row for row in run.log if key in row]
             return [row["epoch"] for row in rows], [row[key] for row in rows]
         return _lines(runs, line)
 
-    n = {"train": [run.run["config"]["measure_train"] for run in runs], "held-out": [run.run["checkpoints"]["last"]["pgd10"]["n"] for run in runs]}
+    n = {"train": [run.result["config"]["measure_train"] for run in runs], "held-out": [run.result["checkpoints"]["last"]["pgd10"]["n"] for run in runs]}
     return {"n": {part: sorted(set(counts) - {0}) for part, counts in n.items()},
             "panels": {f"{part} {column}": lines for column in ("clean", "pgd10") for part in n if (lines := logged(part, column))}}
 
@@ -97,7 +97,7 @@ def grad_cam(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     for run in runs:
         network = run.network(setting.checkpoint, setting.device)
         stage = [module for module in network.children() if isinstance(module, nn.Sequential) and len(module)][-1]
-        cam, eps, generator = LayerGradCam(network, stage), run.eps, evaluation_generator(0, NOISE)
+        cam, eps, generator = LayerGradCam(network, stage), run.eps, evaluation_generator(0, "figures")
 
         def look(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
             perturbed = images + attacks.pgd(network, images, labels, eps=eps, alpha=eps / 4, steps=10, start=_noise(images, eps, generator))
@@ -134,11 +134,11 @@ def _first_seeds(runs: Sequence[Trained]) -> list[Trained]:
 def landscape(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """Mean cross-entropy at x + a sign(gradient at x) + b r, with r random signs, the same for all networks; not clipped to [0, 1]."""
     runs = _first_seeds(runs)
-    epsilon = one("radius", [run.run["config"]["epsilon"] for run in runs])
+    epsilon = one("radius", [run.result["config"]["epsilon"] for run in runs])
     x, y = setting.images(runs, n=min(SHOWN["landscape"], setting.n))
     axis = [epsilon * REACH * (2 * i / (GRID - 1) - 1) for i in range(GRID)]
     x, y = to_images(x).to(setting.device), y.to(setting.device)
-    other = (2 * torch.randint(2, x.shape, generator=evaluation_generator(0, NOISE)) - 1).to(setting.device)
+    other = (2 * torch.randint(2, x.shape, generator=evaluation_generator(0, "figures")) - 1).to(setting.device)
     surfaces = {}
     with evaluate.trustworthy():
         for run in runs:
@@ -155,8 +155,8 @@ def initialisations(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]
     One batch of test images; the classifier's BatchNorm sees it as in training, its averages untouched; the generator's is in eval mode.
     """
     run = _first_seeds(runs)[0]
-    config = run.run["config"]
-    if run.run["method"] != "fgsm-sdi":
+    config = run.result["config"]
+    if run.result["method"] != "fgsm-sdi":
         raise Misuse(f"figure initialisations: {run.label} has no generator; choose a run of train_fgsm_sdi.py")
     x, y = setting.images([run], n=config["batch_size"])
     x, y = to_images(x).to(setting.device), y.to(setting.device)
@@ -195,7 +195,7 @@ def radius(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
 
     def line(run: Trained) -> tuple[list[float], list[float]]:
         network, standing, accuracies = run.network(setting.checkpoint, setting.device), torch.arange(len(x)), []
-        radii = [run.run["config"]["epsilon"] / 8 * r for r in RADII]
+        radii = [run.result["config"]["epsilon"] / 8 * r for r in RADII]
         for r in radii:
             if len(standing):
                 column = f"pgd{STEPS}" if r else "clean"
@@ -204,7 +204,7 @@ def radius(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
             accuracies.append(100 * len(standing) / len(x))
         return radii, accuracies
 
-    return {"n": len(x), "epsilon": one("radius", [run.run["config"]["epsilon"] for run in runs]), "lines": _lines(runs, line)}
+    return {"n": len(x), "epsilon": one("radius", [run.result["config"]["epsilon"] for run in runs]), "lines": _lines(runs, line)}
 
 
 def alignment(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def alignment(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
         means = []
         for path in run.snapshots().values():
             network, _ = run.at(path, setting.device)
-            generator = evaluation_generator(0, NOISE)
+            generator = evaluation_generator(0, "figures")
             cosines, = _in_batches(network, x, y, lambda images, labels: _aligned(network, images, labels, run.eps, generator)[1:])
             means.append(cosines.nanmean().item())
         return list(run.snapshots()), means
@@ -231,15 +231,15 @@ def transplants(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     Every image of a batch carries the one of the image after it. In training mode, which is how a training attack meets the network
     (batches are of the training's size; the last one, if shorter, is left out), and in evaluation mode.
     """
-    size = one("batch size", [run.run["config"]["batch_size"] for run in runs])
-    epsilon = one("radius", [run.run["config"]["epsilon"] for run in runs])
+    size = one("batch size", [run.result["config"]["batch_size"] for run in runs])
+    epsilon = one("radius", [run.result["config"]["epsilon"] for run in runs])
     x, y = setting.images(runs)
     whole = len(x) // size * size or len(x)
     methods: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         network = run.network(setting.checkpoint, setting.device)
         modes = {mode: _transplanted(network.train(mode == "training"), x[:whole], y[:whole], run.eps, size) for mode in ("training", "evaluation")}
-        methods.setdefault(run.label, []).append({"seed": run.run["seed"], **modes})
+        methods.setdefault(run.label, []).append({"seed": run.result["seed"], **modes})
     return {"n": whole, "epsilon": epsilon, "methods": methods}
 
 
@@ -249,7 +249,7 @@ def _transplanted(network: nn.Module, x: Tensor, y: Tensor, eps: float, size: in
     cosine: alignment of the gradients at x and x + U(-eps, eps), mean. agreement: mean product of the signs of two gradients, over
     pixels and all pairs of images of one class.
     """
-    generator = evaluation_generator(0, NOISE)
+    generator = evaluation_generator(0, "figures")
 
     def look(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         gradient, aligned = _aligned(network, images, labels, eps, generator)
@@ -271,9 +271,9 @@ def _transplanted(network: nn.Module, x: Tensor, y: Tensor, eps: float, size: in
 def strategies(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """Probability of each radius, number of steps and step size, mean over the first training images, at each snapshot."""
     run = _first_seeds(runs)[0]
-    if run.run["method"] != "las-at":
+    if run.result["method"] != "las-at":
         raise Misuse(f"figure strategies: {run.label} has no strategy network; choose a run of train_las_at.py")
-    config, (x, y) = run.run["config"], setting.images([run], "train")
+    config, (x, y) = run.result["config"], setting.images([run], "train")
     names = ["radii", "steps", "step_sizes", *(["betas"] if config["base"] == "trades" else [])]
     scale = {name: config["epsilon"] / 8 if name in ("radii", "step_sizes") else 1 for name in names}
     options = {name: [scale[name] * value for value in numbers(name, config[name])] for name in names}
@@ -294,7 +294,7 @@ def strategies(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
 def pareto(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """From the tables' JSON: accuracy in percent, under AutoAttack where all have it and else under PGD-50, and minutes of training.
 
-    Only runs of one kind of machine and evaluated on equally many images are comparable.
+    Only runs of one data set, radius and kind of machine, evaluated on equally many images, are comparable.
     """
     runs = [run for run in runs if setting.checkpoint in run.content["evaluations"]]
     if not runs:
@@ -303,9 +303,11 @@ def pareto(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     column = next((name for name in ("aa", "pgd50") if all(name in found for found in metrics.values())), None)
     if column is None:
         raise Misuse("figure pareto: the runs have neither AutoAttack nor PGD-50 in common: choose among them with --rows or --runs")
-    device, n = one("device", [run.run["device"] for run in runs]), one("the number of images", [found[column]["n"] for found in metrics.values()])
+    one("data set", [run.result["dataset"] for run in runs])
+    one("radius", [run.result["config"]["epsilon"] for run in runs])
+    device, n = one("device", ["; ".join(sorted(show.devices(run.content))) for run in runs]), one("the number of images", [found[column]["n"] for found in metrics.values()])
     points: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         points.setdefault(run.label, []).append(
-            {"seed": run.run["seed"], "minutes": run.run["seconds"]["training"] / 60, **{key: metrics[id(run)][column][key] for key in ("value", "interval")}})
+            {"seed": run.result["seed"], "minutes": run.result["seconds"]["training"] / 60, **{key: metrics[id(run)][column][key] for key in ("value", "interval")}})
     return {"n": n, "device": device, "column": column, "points": points}

@@ -1,6 +1,7 @@
 """The runs that figures are made of: a table's rows, or folders that a training script filled."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, data, foreign
+from engine import checkpoint, data, foreign, record
+from engine.config import spelled
 from engine.errors import Misuse
 from engine.kept import restore
-from experiments import tables
+from experiments import show, tables
 from experiments.side_by_side import SEEDS
 from experiments.tables import Row, Scale, Table
 
@@ -26,10 +28,10 @@ class Trained:
     label: str
     folder: Path
     content: dict[str, Any]
-    remedy: str = "train it again"
+    remedy: str = "train and measure it again"
 
     @property
-    def run(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         return self.content["run"]
 
     @property
@@ -39,23 +41,25 @@ class Trained:
     @property
     def eps(self) -> float:
         """The radius of its training, as a fraction of 1."""
-        return self.run["config"]["epsilon"] / 255
+        return self.result["config"]["epsilon"] / 255
 
     def origin(self) -> dict[str, Any]:
         """What a figure's JSON says of it."""
-        parts = (self.run, *self.content["evaluations"].values())
-        return {"label": self.label, "seed": self.run["seed"], "commit": self.run["commit"], "dirty": any(part["dirty"] for part in parts),
-                "device": self.run["device"], "config": {key: value for key, value in self.run["config"].items() if key not in ("data_dir", "out_dir")}}
+        parts = (self.result, *self.content["evaluations"].values())
+        return {"label": self.label, "seed": self.result["seed"], "commits": sorted(show.commits(self.content)), "dirty": any(part["dirty"] for part in parts),
+                "device": self.result["device"], "config": {key: value for key, value in self.result["config"].items() if key not in ("data_dir", "out_dir")}}
 
     def network(self, name: str, device: torch.device) -> nn.Module:
         """best.pth or last.pth, in eval mode.
 
         Raises:
-            Misuse: the file is not there any more.
+            Misuse: the file is not there any more, or another training's is.
         """
-        path = self.folder / f"{name}.pth"
+        path, own = self.folder / f"{name}.pth", self.folder / "result.json"
         if not path.is_file():
             raise Misuse(f"{path}, of {self.label}, is not there: {self.remedy}")
+        if not own.is_file() or record.read_json(own) != self.result:
+            raise Misuse(f"{path} is of another training than the one that was measured as {self.label}, or of one that has not ended: {self.remedy}")
         return foreign.load(path, device=device)[0]
 
     def snapshots(self) -> dict[int, Path]:
@@ -84,7 +88,8 @@ class Setting:
         Raises:
             Misuse: the runs are of several data sets.
         """
-        dataset = _loaded(one("data set", [run.run["dataset"] for run in runs]), self.data_dir)
+        dataset = _loaded(one("data set", [run.result["dataset"] for run in runs]), self.data_dir,
+                          one("size of images", [run.result["config"].get("image_size") for run in runs]))
         x, y = (getattr(dataset, f"{name}_{part}")[:n or self.n] for name in "xy")
         return torch.from_numpy(dataset.pixels(x)), torch.from_numpy(y)
 
@@ -105,7 +110,7 @@ def one(what: str, values: list[Any]) -> Any:
 
 
 def of_folders(folders: Sequence[Path]) -> list[Trained]:
-    """Runs of the training scripts by their --out-dir, with the evaluations where best/ and last/ hold some; or by a demo's JSON.
+    """Runs of the training scripts by their --out-dir, with the evaluations of their weights that lie in it; or by a demo's JSON.
 
     Raises:
         Misuse: a folder holds no finished run, or a file no run.
@@ -124,8 +129,23 @@ def of_folders(folders: Sequence[Path]) -> list[Trained]:
         run = json.loads((folder / "result.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         evaluations = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/evaluation.json"))}
+        for name, evaluation in evaluations.items():
+            if evaluation["checkpoint"].get("sha256") not in {trained.get("sha256") for trained in run["checkpoints"].values()}:
+                raise Misuse(f"--runs {folder}: {name}/evaluation.json is of other weights than the run has: evaluate them again, or delete it")
         found.append(Trained(run["method"].upper(), folder, {"run": run, "log": log, "evaluations": evaluations}))
-    return found
+    return told_apart(found)
+
+
+def told_apart(runs: Sequence[Trained]) -> list[Trained]:
+    """The runs, those of one label with what they differ in, beside the seed, behind it: they are no seeds of each other."""
+    def settings(run: Trained) -> dict[str, Any]:
+        return {key: value for key, value in run.result["config"].items() if key != "seed" and key not in checkpoint.MAY_CHANGE}
+
+    differing: dict[str, list[str]] = {}
+    for label in {run.label for run in runs}:
+        several = [settings(run) for run in runs if run.label == label]
+        differing[label] = [key for key in dict.fromkeys(key for each in several for key in each) if len({str(each.get(key)) for each in several}) > 1]
+    return [dataclasses.replace(run, label=" ".join([run.label, *(f"{spelled(key)} {settings(run).get(key)}" for key in differing[run.label])])) for run in runs]
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ class Place:
     def trained(self, row: Row, table: Table | None = None) -> list[Trained]:
         """The row's runs by seed."""
         jobs = [(table or self.table).job(row, seed, self.scale, self.output, self.results) for seed in SEEDS]
-        return [Trained(row.name, job.folder, json.loads(job.result.read_text()), f"python {' '.join(job.train)} --out-dir {job.folder} makes it again")
+        return [Trained(row.name, job.folder, json.loads(job.result.read_text()), f"reproduce.py run with --output and --results elsewhere makes both anew, and figure takes the same flags")
                 for job in jobs if job.result.is_file()]
 
     def rows(self, wanted: Sequence[str]) -> tuple[list[Trained], list[str]]:

@@ -478,7 +478,7 @@ def main(doc: str = __doc__, methods: dict[str, Method] = METHODS, replaced: dic
         print(f"the published files are not those of commit {method.commit} (digest {digest})")
     if options.only or options.steps:
         return
-    provenance = record.provenance(torch.device("cpu"), "fp64")
+    provenance = record.provenance(torch.device("cpu"), "fp64", record.source())
     path = options.out_dir / f"{options.method}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
