@@ -38,7 +38,8 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 of a state_dict's names and numbers: which network it is, whatever file it lies in."""
     found = hashlib.sha256()
     for name, value in sorted(weights.items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().numpy().reshape(-1).view("uint8"))
     return found.hexdigest()
 
 
@@ -59,12 +60,12 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "precision", "workers", "snapshots", "co_guard", "on_nonfinite"}
-"""The flags that a resumed run may be given anew; of the precision only what it is called may change."""
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
+"""The flags that a resumed run may be given anew: they change nothing of what it computes, or only from then on."""
 
 
 def find(path: Path, cfg: Config) -> dict[str, Any] | None:
-    """The saved run that `cfg` goes on with, or None.
+    """The saved run that `cfg` goes on with, or None. What --precision comes to on this machine is the run's to compare.
 
     Raises:
         Misuse: it is damaged, or of another configuration; or there is none, with --resume must.
@@ -78,7 +79,7 @@ def find(path: Path, cfg: Config) -> dict[str, Any] | None:
         raise Misuse(f"{path} has no {', '.join(sorted(missing))}: it is another version's; start again with --resume never, or in another --out-dir")
     wanted = {"method": cfg.METHOD, **dataclasses.asdict(cfg)}
     for name in [*wanted, *(saved["config"].keys() - wanted.keys())]:
-        if name not in MAY_CHANGE and saved["config"].get(name) != wanted.get(name):
+        if name not in {*MAY_CHANGE, "precision"} and saved["config"].get(name) != wanted.get(name):
             raise Misuse(f"{path} was saved with {name} {saved['config'].get(name)}, this run has {wanted.get(name)}: give the same, "
                          "or --resume never to start again, or another --out-dir")
     return saved

@@ -76,12 +76,13 @@ class Run:
         torch.manual_seed(cfg.seed)
         self._autocast = networks.autocast_dtype(cfg, self.device)
         self.network = self._build()
-        if self._saved is not None and self._saved.get("machines", [{"precision": self.precision}])[-1]["precision"] != self.precision:
-            raise Misuse(f"{self.out_dir}/state.pth was trained in {self._saved['machines'][-1]['precision']}, and here it would go on in {self.precision}: "
+        machines = (self._saved or {}).get("machines", [])
+        if machines and machines[-1]["precision"] != self.precision:
+            raise Misuse(f"{self.out_dir}/state.pth was trained in {machines[-1]['precision']}, and here it would go on in {self.precision}: "
                          "give --precision, or --resume never to start again, or another --out-dir")
         here = record.provenance(self.device, self.precision, self._source)
         machine = {"device": here["device"], "torch": here["versions"]["torch"], "precision": self.precision, "processes": distributed.world_size()}
-        self._machines = [*(one for one in (self._saved or {}).get("machines", []) if one != machine), machine]
+        self._machines = [*(one for one in machines if one != machine), machine]
         self.model = networks.seen_by_scripts(self.network, cfg, self._autocast)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)

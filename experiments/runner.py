@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint, distributed, record
+from engine import distributed, record
+from engine.checkpoint import MAY_CHANGE
 from engine.config import spelled
 from engine.errors import Misuse
 
@@ -61,7 +62,8 @@ class Job:
         if not self.result.is_file():
             return False
         found = record.read_json(self.result)
-        for name, (before, now) in self.changes(found["run"]["config"]).items():
+        if changes := self.changes(found["run"]["config"]):
+            name, (before, now) = next(iter(changes.items()))
             raise Misuse(f"{self.result} was measured with {spelled(name)} {before}, and now it would be {now}: move it away, or give other --results and --output")
         return set(self.checkpoints) <= found["evaluations"].keys()
 
@@ -69,7 +71,7 @@ class Job:
         """What a configuration that was trained with, and the one that would be now, do not have in common, of the flags that both know."""
         script, *flags = self.train
         now = dataclasses.asdict(importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags))
-        return {name: (config[name], now[name]) for name in now if name in config and name not in checkpoint.MAY_CHANGE and config[name] != now[name]}
+        return {name: (config[name], now[name]) for name in now if name in config and name not in MAY_CHANGE and config[name] != now[name]}
 
     def do(self, data_dir: Path, device: str, deadline: float = math.inf) -> str | None:
         """Does what is missing until the clock (time.monotonic) shows `deadline`; returns why it is not finished, or None."""

@@ -28,7 +28,7 @@ def read(folder: Path) -> Runs:
 
 def is_dirty(runs: Runs) -> bool:
     """Whether any number comes from a tree that differs from its commit: such a table is never put into the README."""
-    return any(part["dirty"] for several in runs.values() for run in several for part in (run["run"], *run["evaluations"].values()))
+    return any(part["dirty"] for several in runs.values() for run in several for part in parts(run))
 
 
 def table(runs: Runs, markdown: bool) -> str:
@@ -76,15 +76,19 @@ def facts(result: dict[str, Any]) -> dict[str, Any]:
             "torch": run["versions"]["torch"], "devices": devices(result), "commits": commits(result), "card": all("card" in evaluation for evaluation in evaluations)}
 
 
+def parts(result: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Its training and its evaluations, each of which says where its numbers come from."""
+    return result["run"], *result["evaluations"].values()
+
+
 def commits(result: dict[str, Any]) -> set[str]:
     """Of its training and of its evaluations, the first ten digits."""
-    return {str(commit)[:10] for part in (result["run"], *result["evaluations"].values()) for commit in (part["commit"], *part.get("earlier_commits", ()))}
+    return {str(commit)[:10] for part in parts(result) for commit in (part["commit"], *part.get("earlier_commits", ()))}
 
 
 def devices(result: dict[str, Any]) -> set[str]:
     """On which it was trained and evaluated."""
-    run = result["run"]
-    return {part["device"] for part in (run, *run.get("earlier_machines", ()), *result["evaluations"].values())}
+    return {part["device"] for part in (*parts(result), *result["run"].get("earlier_machines", ()))}
 
 
 def curves(runs: Runs, path: Path) -> None:

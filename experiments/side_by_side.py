@@ -11,7 +11,7 @@ from typing import Any
 from engine import record
 from engine.card import MARK, mark
 from experiments import tables
-from experiments.show import HEADINGS, commits, devices, grid
+from experiments.show import HEADINGS, commits, devices, grid, parts
 from experiments.tables import Row, Scale, Table
 
 SEEDS = range(100)  # as many as a table is ever looked up for
@@ -51,7 +51,7 @@ def measured(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[
     """The JSON of a row's seeds, and how many more there are that come from a tree that differs from its commit: those do not count."""
     paths = [table.job(row, seed, scale, Path(), results).result for seed in SEEDS] if row.command else []
     runs = [record.read_json(path) for path in paths if path.is_file()]
-    clean = [run for run in runs if not any(part["dirty"] for part in (run["run"], *run["evaluations"].values()))]
+    clean = [run for run in runs if not any(part["dirty"] for part in parts(run))]
     return clean, len(runs) - len(clean)
 
 

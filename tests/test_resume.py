@@ -283,7 +283,7 @@ def test_a_run_that_begins_anew_leaves_no_snapshots_of_the_old_one(tiny):
 
 
 def test_which_flags_may_change():
-    assert checkpoint.MAY_CHANGE == {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "precision", "workers", "snapshots", "co_guard", "on_nonfinite"}
+    assert checkpoint.MAY_CHANGE == {"data_dir", "out_dir", "resume", "save_every", "time_limit", "tensorboard", "device", "workers", "snapshots", "co_guard", "on_nonfinite"}
 
 
 def test_another_precision_is_refused_and_its_name_may_change(tiny):

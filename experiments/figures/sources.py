@@ -45,8 +45,7 @@ class Trained:
 
     def origin(self) -> dict[str, Any]:
         """What a figure's JSON says of it."""
-        parts = (self.result, *self.content["evaluations"].values())
-        return {"label": self.label, "seed": self.result["seed"], "commits": sorted(show.commits(self.content)), "dirty": any(part["dirty"] for part in parts),
+        return {"label": self.label, "seed": self.result["seed"], "commits": sorted(show.commits(self.content)), "dirty": any(part["dirty"] for part in show.parts(self.content)),
                 "device": self.result["device"], "config": {key: value for key, value in self.result["config"].items() if key not in ("data_dir", "out_dir")}}
 
     def network(self, name: str, device: torch.device) -> nn.Module:
@@ -126,9 +125,9 @@ def of_folders(folders: Sequence[Path]) -> list[Trained]:
             continue
         if not (folder / "result.json").is_file():
             raise Misuse(f"--runs {folder}: there is no result.json, so it is no folder of a finished run")
-        run = json.loads((folder / "result.json").read_text())
+        run = record.read_json(folder / "result.json")
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        evaluations = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/evaluation.json"))}
+        evaluations = {path.parent.name: record.read_json(path) for path in sorted(folder.glob("*/evaluation.json"))}
         for name, evaluation in evaluations.items():
             if evaluation["checkpoint"].get("sha256") not in {trained.get("sha256") for trained in run["checkpoints"].values()}:
                 raise Misuse(f"--runs {folder}: {name}/evaluation.json is of other weights than the run has: evaluate them again, or delete it")
@@ -165,7 +164,7 @@ class Place:
     def trained(self, row: Row, table: Table | None = None) -> list[Trained]:
         """The row's runs by seed."""
         jobs = [(table or self.table).job(row, seed, self.scale, self.output, self.results) for seed in SEEDS]
-        return [Trained(row.name, job.folder, json.loads(job.result.read_text()), f"reproduce.py run with --output and --results elsewhere makes both anew, and figure takes the same flags")
+        return [Trained(row.name, job.folder, record.read_json(job.result), "reproduce.py run with --output and --results elsewhere makes both anew, and figure takes the same flags")
                 for job in jobs if job.result.is_file()]
 
     def rows(self, wanted: Sequence[str]) -> tuple[list[Trained], list[str]]:
