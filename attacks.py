@@ -119,8 +119,9 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int, 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """(N,) int64: the class of the largest logit."""
-    return model(x).argmax(1)
+    """(N,) int64: the class of the largest logit, or -1, which is no class, where one of them is nan."""
+    logits = model(x)
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def auto_attack(

@@ -29,8 +29,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model-path", required=True, help="the checkpoint")
     parser.add_argument("--model", help="architecture, where the file leaves it open: a name from models, or a published one such as ResNet18")
-    parser.add_argument("--normalise", help="normalisation that the weights expect, where the file leaves it open: none, cifar10, cifar100, imagenet, ...")
-    parser.add_argument("--which", choices=["best", "last"], default="best", help="of a file that holds both")
+    parser.add_argument("--normalise", help="normalisation that the weights expect, where the file leaves it open: none, cifar10, cifar100, imagenet, ..., "
+                        "or its own as mean/std, 0.5,0.5,0.5/0.25,0.25,0.25 say, of images in [0, 1]")
+    parser.add_argument("--which", choices=foreign.SNAPSHOTS, default="best", help="of a file that holds both")
     parser.add_argument("--dataset", choices=list(data.SETS),
                         help="default: what the checkpoint says, or what its classes and channels fit")
     parser.add_argument("--data-dir", default="data/", help="where data sets lie (default: data/)")
@@ -72,8 +73,9 @@ def main(args: argparse.Namespace) -> dict:
     out_dir = Path(args.out_dir or path.with_name(path.stem + "-evaluation"))
 
     container = foreign.read(path)
-    said = {key: value for key, value in container.items() if isinstance(value, (int, float, str))}
-    name = args.dataset or said.get("dataset") or suitable_dataset(path, container, args.which)
+    ours = {"method", "weights", "state_dict"} <= container.keys()  # another repository's epsilon may be a fraction of 1, and its names are not ours
+    said = {key: value for key, value in container.items() if ours and isinstance(value, (int, float, str))}
+    name = args.dataset or said.get("dataset") or suitable_dataset(path, container, args)
     with distributed.first_process_first():
         dataset = data.load(name, args.data_dir, said.get("image_size"))
     n = min(args.n_ex or len(dataset.x_test), len(dataset.x_test))
@@ -87,7 +89,7 @@ def main(args: argparse.Namespace) -> dict:
     if dataset.classes < 4 and "aa" in columns:
         raise Misuse(f"--attacks {args.attacks}: {name} has {dataset.classes} classes, and AutoAttack's targeted attack compares four logits; leave out aa")
     evaluate.check_finite(model, x)
-    epsilon = args.epsilon or said.get("epsilon") or 8.0
+    epsilon = args.epsilon or said.get("epsilon", 8.0)
     if isinstance(epsilon, str) or not 0 < epsilon <= 255:
         raise Misuse(f"the radius {epsilon}, of --epsilon or of {path}: must be a number of 255ths, above 0 and up to 255; give --epsilon")
     alpha = args.pgd_alpha or epsilon / 4
@@ -145,9 +147,11 @@ def main(args: argparse.Namespace) -> dict:
     return content
 
 
-def suitable_dataset(path: Path, container: dict, which: str) -> str:
+def suitable_dataset(path: Path, container: dict, args: argparse.Namespace) -> str:
     """The data set with as many classes and channels as the weights have, for a file that does not name its own."""
-    network = foreign.candidates(foreign.unwrap(container, which)[0])[0]
+    with foreign.naming(path):
+        weights, origin = foreign.unwrap(container, args.which)
+        network = foreign.candidates(weights, arch=origin.arch, model=args.model, normalise=args.normalise)[0]
     shape = network.classes, network.channels
     if shape not in DATASET_OF:
         raise Misuse(f"{path}: no data set here has {shape[0]} classes and {shape[1]} channels; say --dataset")

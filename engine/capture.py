@@ -41,7 +41,10 @@ class Compiled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, classes)."""
-        return self.graphs(self.network, x, any(parameter.requires_grad for parameter in self.network.parameters()))
+        try:
+            return self.graphs(self.network, x, any(parameter.requires_grad for parameter in self.network.parameters()))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise Failure(f"the network cannot be compiled here ({' '.join(str(error).splitlines()[:2])}): leave out --compile") from error
 
 
 def _passed(network: nn.Module, x: Tensor, learns: bool) -> Tensor:

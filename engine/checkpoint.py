@@ -4,6 +4,10 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import os
+import shutil
+import sys
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any, IO
@@ -32,6 +36,17 @@ def load(path: Path) -> Any:
         if altered := archive.testzip():
             raise ValueError(f"the checksum of {altered} does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """`target` becomes another name of what `source` is now, whole at any instant; a copy where the disk has no second names."""
+    unfinished = target.with_name(target.name + ".part")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
@@ -91,7 +106,7 @@ def weights(network: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
 
 
 def lock(directory: Path) -> IO:
-    """Holds `directory` for this process until the returned file is closed or the process ends.
+    """Holds `directory` for this process until the returned file is closed or the process ends, though its workers live on.
 
     Raises:
         Misuse: another process holds it.
@@ -102,4 +117,8 @@ def lock(directory: Path) -> IO:
     except BlockingIOError:
         file.close()
         raise Misuse(f"--out-dir {directory}: another run is writing there; wait for it, or choose another directory") from None
+    except OSError as error:  # some network disks have no locks
+        print(f"warning: {directory} cannot be locked ({error.strerror}): see to it that no other run writes there", file=sys.stderr)
+    held = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (inherited := held()) and inherited.close())
     return file

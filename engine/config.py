@@ -243,7 +243,10 @@ def spelled(name: str) -> str:
 
 def _metadata(cls: type, field: dataclasses.Field) -> Any:
     """The field's metadata; a subclass that only changes a shared default inherits its help."""
-    return field.metadata or Config.__dataclass_fields__[field.name].metadata
+    metadata = field.metadata or getattr(Config.__dataclass_fields__.get(field.name), "metadata", None)
+    if metadata is None:
+        raise TypeError(f"{cls.__module__}.{cls.__name__}.{field.name} has no help: write it as engine.flag(default, help)")
+    return metadata
 
 
 def _without_none(kind: Any) -> Any:

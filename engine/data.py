@@ -24,7 +24,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "digits": ((0.3055,), (0.3774,)),
+    "digits": ((0.3054,), (0.3760,)),
 }
 """Channel means and deviations of the training images, in [0, 1]."""
 
@@ -108,7 +108,8 @@ class Dataset:
         """
         n = len(self.x_train) - val_size
         if n < 1 or (train_size or 1) > n:
-            raise Misuse(f"--train-size {train_size} and --val-size {val_size}: {self.name} has only {len(self.x_train)} training images")
+            raise Misuse(f"--val-size {val_size}{f' and --train-size {train_size}' if train_size else ''}: {self.name} has only {len(self.x_train)} training "
+                         "images in --data-dir; give fewer")
         size = train_size or n
         return self.x_train[:size], self.y_train[:size], self.x_train[n:], self.y_train[n:]
 
@@ -137,7 +138,7 @@ def load(name: str, data_dir: str | Path, image_size: int | None = None) -> Data
 
 
 def _checked(path: Path, name: str, classes: int | None, **more: Any) -> Dataset:
-    remedy = f"delete {path} to have it made again"
+    remedy = f"repair {path}, or move it away to have the original made"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}

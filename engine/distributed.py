@@ -1,9 +1,11 @@
 """torchrun's processes: the only file that names torch.distributed. Without torchrun everything here is a no-op."""
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +20,8 @@ from engine.errors import Misuse
 
 def start(device: torch.device, *, seldom: bool = False) -> torch.device:
     """Joins the process group when torchrun started this process; returns the device this process is to use.
+
+    They wait for each other for up to two hours: the first one may have to make a data set, and torchrun itself ends them where one is lost.
 
     Args:
         seldom: the processes meet after hours, in which one may have been much slower than another, and exchange tensors on
@@ -34,7 +38,7 @@ def start(device: torch.device, *, seldom: bool = False) -> torch.device:
             raise Misuse(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: every process needs a GPU, and this machine has {count}; "
                          "start fewer, or give --device cpu")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" and not seldom else "gloo", timeout=timedelta(days=1) if seldom else None)
+    dist.init_process_group("nccl" if device.type == "cuda" and not seldom else "gloo", timeout=timedelta(days=1) if seldom else timedelta(hours=2))
     return device
 
 
@@ -42,7 +46,8 @@ def start(device: torch.device, *, seldom: bool = False) -> torch.device:
 def leaving() -> Iterator[None]:
     """At its end the process group that `start` joined is left, and a process that is no longer needed ends at once.
 
-    One that cannot go on because another one ended says so in one sentence.
+    One that cannot go on because another one ended says so in one sentence. One that fails does not take leave: NCCL would wait there for the
+    others, which wait for this one.
 
     Tearing the interpreter down would take longer, and gloo's threads outlive the group by a moment: one that wants the
     interpreter just then aborts the process (in one of several hundred runs, after all was done).
@@ -54,17 +59,18 @@ def leaving() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         status = end.code or 0
-    except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+    except BaseException as error:
+        if not dist.is_initialized():
             raise
-        print(f"error: process {rank()} of {world_size()} has lost another one, whose own message or torchrun's below says why", file=sys.stderr, flush=True)
-        time.sleep(1)  # torchrun calls the process that ended first the cause
+        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+            print(f"error: process {rank()} of {world_size()} has lost another one, whose own message or torchrun's below says why", file=sys.stderr)
+            time.sleep(1)  # torchrun calls the process that ended first the cause
+        else:
+            traceback.print_exc()
         status = 1
-    finally:
-        joined = dist.is_initialized()
-        if joined:
+    if dist.is_initialized():
+        if status == 0:
             dist.destroy_process_group()
-    if joined:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
@@ -157,6 +163,14 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gathered_objects(mine: Any) -> list[Any]:
+    """What each process has, a list of strings say, on all of them. Under `seldom`."""
+    found = [mine] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(found, mine)
+    return found
+
+
 def maximum(value: int, device: torch.device) -> int:
     """The largest value on any process."""
     if not dist.is_initialized():
@@ -164,6 +178,12 @@ def maximum(value: int, device: torch.device) -> int:
     shared = torch.tensor(value, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
+
+
+def agree(value: str, device: torch.device) -> bool:
+    """Whether all processes have the same."""
+    key = int(hashlib.sha256(value.encode()).hexdigest()[:15], 16)
+    return maximum(key, device) == -maximum(-key, device)
 
 
 def broadcast(tensors: list[Tensor]) -> None:

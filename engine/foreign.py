@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from engine import checkpoint
+from engine import checkpoint, record
 from engine.data import NORMALISATIONS as NORMALISATIONS_OF_DATASETS
 from engine.errors import Misuse
 
@@ -41,8 +41,10 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 cifar10, CKPT cifar10-ckpt, N-FGSM cifar100 and svhn-nfgsm; on ImageNet fast_adversarial and Free AT imagenet."""
 
 TRIED: dict[int | None, tuple[str, ...]] = {
-    10: ("none", "cifar10", "cifar10-ckpt", "svhn-nfgsm", "imagenet"),
+    10: ("none", "cifar10", "cifar10-ckpt", "svhn-nfgsm", "svhn", "imagenet"),
     100: ("none", "cifar100", "cifar10", "cifar10-ckpt", "imagenet"),
+    43: ("none", "gtsrb", "cifar10", "imagenet"),
+    200: ("none", "tiny-imagenet", "imagenet"),
     1000: ("none", "imagenet"),
     None: ("none", "cifar10", "imagenet"),
 }
@@ -52,8 +54,8 @@ SNAPSHOTS = ("best", "last", "best_test")
 CONTAINERS = ("state_dict", "net", *SNAPSHOTS, "rmodel", "model", "model_state_dict")
 """Where scripts put the weights: the first that is there counts, and `which` picks among the SNAPSHOTS."""
 
-PREFIXES = ("module.", "model.", "_orig_mod.", "1.")
-"""Of DataParallel, of wrappers, of torch.compile, of a network behind a normalisation in a Sequential."""
+PREFIXES = ("module.", "model.", "network.", "net.", "_orig_mod.", "1.")
+"""Of DataParallel, of wrappers, this repository's among them, of torch.compile, of a network behind a normalisation in a Sequential."""
 
 NORMALISATION_KEYS = (
     ("normalize.mean", "normalize.std"),  # this repository, RobustBench on ImageNet
@@ -422,7 +424,7 @@ def _fits(shapes: dict[str, tuple], names: tuple[str, ...]) -> list[tuple]:
         raise Misuse(f"its weights are those of no network here, the closest is {closest}: {differences}; "
                      f"there are {', '.join(names)}")
     raise Misuse(f"its weights are not those of {closest}: {differences}; "
-                 "pass the --model that it was trained with")
+                 "pass the --model that it was trained with, or rename its keys where they are only called otherwise")
 
 
 @cache
@@ -464,10 +466,18 @@ def _normalisations(
     """(name, mean, std) of every normalisation that is possible."""
     table = {name: pair for name, pair in NORMALISATIONS.items() if len(pair[0]) == channels}
     table["none"] = ((0.0,) * channels, (1.0,) * channels)
+    if asked is not None and "/" in asked:
+        try:
+            mean, std = (tuple(map(float, part.split(","))) for part in asked.split("/"))
+        except ValueError:
+            mean, std = (), ()
+        if not len(mean) == len(std) == channels or not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
+            raise Misuse(f"--normalise {asked}: must be {channels} means, a slash, and as many deviations above 0, separated by commas")
+        return [("its own", mean, std)]
     if asked is not None:
         if asked.lower() not in table:
             raise Misuse(f"--normalise {asked} is unknown for images of {channels} channels: "
-                         f"allowed are {', '.join(table)}")
+                         f"allowed are {', '.join(table)}, or numbers as mean/std")
         return [(asked.lower(), *table[asked.lower()])]
     if carried:
         if len(carried[0]) != channels:
@@ -511,7 +521,7 @@ def load(
             are no images to choose by.
     """
     container = read(path) if container is None else container
-    with _naming(path):
+    with naming(path):
         weights, origin = unwrap(container, which)
         found = candidates(weights, arch=origin.arch, model=model, normalise=normalise)
         if len(found) == 1:
@@ -538,7 +548,8 @@ def load(
 
 
 @contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
+    """A Misuse in the block begins with the file's name."""
     try:
         yield
     except Misuse as error:
@@ -578,7 +589,7 @@ def _justified(
     best, second = sorted(accuracies, reverse=True)[:2]
     reason = f"the highest clean accuracy, {best:.2f} %, of {len(found)} candidates on {n} training images"
     doubts = []
-    if best - second <= 1.96 * math.sqrt(best * (100 - best) / n):  # half of the 95 % interval of `best`
+    if second >= record.percent_of(best, n)["interval"][0]:
         rival = next(c for c, accuracy in zip(found, accuracies) if accuracy == second and c != chosen)
         doubts.append(f"{rival.arch} with normalisation {rival.normalise} is only {best - second:.2f} points "
                       f"behind on {n} images: pass --model and --normalise if you know them")

@@ -7,8 +7,6 @@ wrong, and what a rollback changes: docs/guard.md.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +117,7 @@ class Guard:
         if self.keeps and (run.batch, run.step) == (0, self.good) and distributed.rank() == 0:
             for name, kept in (("best.pth", GOOD_BEST), ("state.pth", GOOD)):
                 if (run.out_dir / name).is_file():
-                    _link(run.out_dir / name, run.out_dir / kept)
+                    checkpoint.link(run.out_dir / name, run.out_dir / kept)
         if self.failure:
             raise Failure(self.failure)
 
@@ -220,18 +218,7 @@ class Guard:
             print(f"warning: {sentence}; rollback {rollbacks} of at most {ROLLBACKS}, to update {self.good}: "
                   f"the images now come with noise of {rollbacks} x epsilon", flush=True)
             if (run.out_dir / GOOD_BEST).is_file():
-                _link(run.out_dir / GOOD_BEST, run.out_dir / "best.pth")  # a weight average may have become the best one since
+                checkpoint.link(run.out_dir / GOOD_BEST, run.out_dir / "best.pth")  # a weight average may have become the best one since
         run._go_back(saved)
         self.alarms, self.rollbacks = alarms, rollbacks
         run._save()
-
-
-def _link(source: Path, target: Path) -> None:
-    """`target` becomes another name of what `source` is now, whole at any instant; a copy where the disk has no second names."""
-    unfinished = target.with_name(target.name + ".part")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    os.replace(unfinished, target)

@@ -1,6 +1,7 @@
 """Files of images to uint8 pixels, on many threads. A file that cannot be read ends the run in a sentence that names it."""
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,16 +35,24 @@ def opened(source: str | Path | IO[bytes], name: str | None = None) -> Iterator[
     try:
         with Image.open(source) as image:
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # PIL raises many kinds, from OSError to SyntaxError
         reason = "no image format that PIL knows" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or error
         raise Failure(f"{name or source} cannot be read as an image ({reason}): replace it by a sound copy") from error
 
 
 def readable(path: str | Path) -> bool:
-    """Whether `rgb` can read the file."""
+    """Whether what is in the file is an image.
+
+    Raises:
+        Failure: the system did not let it be read, which says nothing of that.
+    """
     try:
         rgb(path)
-    except Failure:
+    except Failure as error:
+        if getattr(error.__cause__, "errno", None) not in (None, errno.ENOENT):
+            raise
         return False
     return True
 

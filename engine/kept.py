@@ -69,6 +69,11 @@ def restore(kept: Any, saved: Any, name: str) -> None:
                 raise ValueError(f"{saved.dtype} {tuple(saved.shape)} saved, {kept.dtype} {tuple(kept.shape)} wanted")
             with torch.no_grad():
                 kept.copy_(saved)
+        elif isinstance(kept, torch.optim.Optimizer):
+            here = [{key: group[key] for key in ("capturable", "fused", "foreach") if key in group} for group in kept.param_groups]
+            groups = saved["param_groups"]
+            groups = [before | how for before, how in zip(groups, here)] + groups[len(here):]  # how it steps is this machine's affair
+            kept.load_state_dict(saved | {"param_groups": groups})
         else:
             kept.load_state_dict(saved)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:

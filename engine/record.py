@@ -126,7 +126,8 @@ def continued(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str
 def source() -> dict[str, Any]:
     """The code's commit, and whether the tree differs from it: from git, or from SOURCE_COMMIT where the tree was exported without its history.
 
-    Files in results/ do not count: what one measurement writes does not change what the next one measures.
+    Files in results/ do not count: what one measurement writes does not change what the next one measures. Nor does what git does not know, but for
+    Python files.
     """
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
@@ -134,7 +135,8 @@ def source() -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             raise FileNotFoundError
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", ":!results"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") or git("ls-files", "--others", "--exclude-standard", "--", "*.py"))}
     except (OSError, subprocess.CalledProcessError):
         commit = os.environ.get("SOURCE_COMMIT") or None
         return {"commit": commit, "dirty": commit is None}

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import math
+import os
 import signal
 import sys
 import threading
@@ -31,6 +33,7 @@ from engine.schedule import MOMENTUM
 from utils import moved
 
 _STOP = 2  # more than 1, which is to save and go on
+_BEFORE = "best-before.pth"  # what best.pth was, until state.pth knows of the new one
 
 
 @dataclasses.dataclass
@@ -64,12 +67,18 @@ class Run:
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
         self._source = record.continued(record.source(), (self._saved or {}).get("source"))
+        self._script = hashlib.sha256(Path(inspect.getfile(type(cfg))).read_bytes()).hexdigest()
+        if (self._saved or {}).get("script", self._script) != self._script and distributed.rank() == 0:
+            print(f"warning: {self.out_dir}/state.pth was saved by this script as it was before; --resume never trains anew", file=sys.stderr)
         if distributed.maximum(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
         set_up(self.device, cfg.deterministic, same_sizes=cfg.SAME_SIZES)
 
         self._prepare_data()
+        if not distributed.agree(repr((self._identity, (self._saved or {}).get("position"))), self.device):
+            raise Failure(f"process {distributed.rank()}: not all processes have the same training images of {cfg.dataset} in {cfg.data_dir}, and the same "
+                          f"{self.out_dir}/state.pth: give all machines the same files, and start again")
         if self._saved is not None and self._saved.get("data", self._identity) != self._identity:
             raise Misuse(f"--data-dir {cfg.data_dir}: {self.out_dir}/state.pth was saved with other training images of {cfg.dataset}: give the same, "
                          "or --resume never to start again, or another --out-dir")
@@ -92,8 +101,8 @@ class Run:
 
         self._position = Position()
         self._inside, self._away = False, False  # in a captured step; the weights moved
-        self.total = cfg.epochs * len(self._data) * updates_per_batch
-        self._updates_per_epoch = len(self._data) * updates_per_batch
+        self._updates_per_batch, self._updates_per_epoch = updates_per_batch, len(self._data) * updates_per_batch
+        self.total = cfg.epochs * self._updates_per_epoch
         self._schedule = cfg.schedule()
         self._kept = Kept()
         self._generator = torch.Generator(self.device)
@@ -262,7 +271,8 @@ class Run:
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask_to_stop) if main_thread else None
         try:
-            if self.epoch < self.cfg.epochs or not (self.out_dir / "result.json").is_file():
+            unfinished = self.epoch < self.cfg.epochs or not (self.out_dir / "result.json").is_file()
+            if distributed.maximum(int(unfinished), self.device):  # the first process may write it while another one looks
                 self._write_config(fresh)
                 self._guard.begin(self, fresh)
                 while self.epoch < self.cfg.epochs:
@@ -374,8 +384,11 @@ class Run:
             x = self._guard.noised(self, x)
             if self._captures:
                 x, y, index = self._in_place(x, y, index)
-            self._labels = y
+            self._labels, before = y, self.step
             yield x, y, index
+            if (updates := self.step - before) > self._updates_per_batch:
+                raise Failure(f"the script updated the classifier {updates} times in a batch, and the schedule counts on {self._updates_per_batch}: "
+                              f"say engine.Run(cfg, updates_per_batch={updates})")
             self._position.batch += 1
             bar.update()
             if self._guard.due(self):
@@ -422,9 +435,13 @@ class Run:
             self._journal.tell(better, self.out_dir)
             checkpoint.save(self._weights(self._journal.last_weights, row["epoch"]), self.out_dir / "last.pth")
             if better:
+                if (self.out_dir / "best.pth").is_file():
+                    checkpoint.link(self.out_dir / "best.pth", self.out_dir / _BEFORE)
                 checkpoint.save(self._weights(row["weights"], row["epoch"]), self.out_dir / "best.pth")
             record.write_lines(self._journal.rows, self.out_dir / "log.jsonl")
         self._save()
+        if distributed.rank() == 0:
+            (self.out_dir / _BEFORE).unlink(missing_ok=True)
         if self.epoch < self.cfg.epochs and self._wanted() == _STOP:
             self._leave()
 
@@ -561,7 +578,7 @@ class Run:
                 "position": dataclasses.asdict(self._position),
                 "kept": kept, "sums": self._sums, "history": self._journal.rows, "best": self._journal.best, "seconds": self._seconds,
                 "rng": torch.get_rng_state(), "rng_cuda": cuda,
-                "guard": self._guard.state(), "finite": self._finite.state(), "source": self._source, "machines": self._machines, "data": self._identity,
+                "guard": self._guard.state(), "finite": self._finite.state(), "source": self._source, "script": self._script, "machines": self._machines, "data": self._identity,
                 "config": {"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)},
             }
             if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("snapshots", self.cfg.snapshots):
@@ -575,7 +592,7 @@ class Run:
     def _write_config(self, fresh: bool) -> None:
         """config.json; and what another run left here goes before a new one begins."""
         if distributed.rank() == 0:
-            for name in ("state.pth", "state-*.pth", "result.json", "log.jsonl", "best.pth", "last.pth", GOOD, GOOD_BEST) if fresh else ():
+            for name in ("state.pth", "state-*.pth", "result.json", "log.jsonl", "best.pth", "last.pth", _BEFORE, GOOD, GOOD_BEST) if fresh else ():
                 for path in self.out_dir.glob(name):
                     path.unlink()
             record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")
@@ -588,6 +605,8 @@ class Run:
         self._kept.restore(saved["kept"], self.out_dir / "state.pth")
         self._position, self._seconds = Position(**saved["position"]), self._seconds | saved["seconds"]
         self._journal.rows, self._journal.best = saved["history"], saved["best"]
+        if distributed.rank() == 0:
+            self._put_best_back()
         for name, value in self._sums.items():
             value.copy_(saved["sums"][name])
         for step in self._steps:
@@ -603,6 +622,15 @@ class Run:
         if distributed.rank() == 0:
             print(f"continuing {self.out_dir} at epoch {self.epoch + 1}, batch {self.batch}" if self.epoch < self.cfg.epochs
                   else f"{self.out_dir} is finished; --resume never trains it again")
+
+    def _put_best_back(self) -> None:
+        """After a kill between best.pth and state.pth: the epoch is done again, and may end as another one."""
+        best, before = self.out_dir / "best.pth", self.out_dir / _BEFORE
+        if not self._journal.rows:
+            best.unlink(missing_ok=True)
+        elif before.is_file() and checkpoint.load(best)["epoch"] != self._journal.best["epoch"]:
+            os.replace(before, best)
+        before.unlink(missing_ok=True)
 
     def _go_back(self, saved: dict[str, Any]) -> None:
         """Takes up an earlier state of this run; the training since then counts as rolled back."""

@@ -46,10 +46,8 @@ def make(name: str, path: Path) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Of several runs that want to make the same file at the same time, one after the other is inside."""
-    if not path.parent.is_dir():
-        yield  # there is nothing yet that could be disturbed, and a folder is made only for what will lie in it
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
+    nearest = next(folder for folder in path.absolute().parents if folder.is_dir())  # a folder is made only for what will lie in it
+    folder = os.open(nearest, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network disks cannot
             fcntl.flock(folder, fcntl.LOCK_EX)

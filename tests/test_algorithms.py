@@ -18,6 +18,8 @@ import torch.nn.functional as F
 import attacks
 import engine
 import models
+import train_fat
+import train_fgsm_ckpt
 import train_fgsm_ga
 import train_fgsm_rs
 import train_fgsm_sdi
@@ -528,19 +530,21 @@ def test_a_run_of_pgd_at_replayed(monkeypatch, tmp_path, attack_bn):
     assert_replayed(model, recording.model, "PGD-AT")
 
 
-def test_a_run_of_fgsm_sdi_replayed(monkeypatch, tmp_path):
-    recording = Recording(train_fgsm_sdi, monkeypatch, tmp_path, k=2)
+@pytest.mark.parametrize("options, factor, alpha, lr", [
+    ({}, 0.5, 24 / 255, 1e-3), (dict(label_factor=0.9, alpha=12.0, generator_lr=3e-3), 0.9, 12 / 255, 3e-3)])
+def test_a_run_of_fgsm_sdi_replayed(options, factor, alpha, lr, monkeypatch, tmp_path):
+    recording = Recording(train_fgsm_sdi, monkeypatch, tmp_path, k=2, **options)
     model, generator = recording.first_model.train(), recording.first_generator
     descend = recording.optimizer(model)
-    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3, weight_decay=5e-4)
-    eps = alpha = 24 / 255
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=lr, weight_decay=5e-4)
+    eps = 24 / 255
     calls, losses = iter(recording.batches), iter(recording.losses)
     counted, expected_passes = 0, []
 
     def adversarial_loss(arguments, ours, s_x):
         x, y = arguments[2], arguments[3]
-        target = torch.full((len(y), 10), 0.5 / 9)  # the published label factor of 0.5
-        target[torch.arange(len(y)), y] = 0.5
+        target = torch.full((len(y), 10), (1 - factor) / 9)
+        target[torch.arange(len(y)), y] = factor
         eta = eps * generator(x, s_x)
         step = (alpha * leaf_gradient(model, x + eta, y).sign()).clamp(-eps, eps)
         delta = bounded(eta + step, eps)
@@ -578,7 +582,7 @@ def test_a_run_of_fgsm_sdi_replayed(monkeypatch, tmp_path):
 
 
 def test_a_run_of_fgsm_ga_replayed(monkeypatch, tmp_path):
-    recording = Recording(train_fgsm_ga, monkeypatch, tmp_path, ga_lambda=0.7)
+    recording = Recording(train_fgsm_ga, monkeypatch, tmp_path, ga_lambda=0.7, label_factor=0.8)
     model = recording.first_model.train()
     descend = recording.optimizer(model)
     eps, alpha = 24 / 255, 30 / 255
@@ -587,6 +591,7 @@ def test_a_run_of_fgsm_ga_replayed(monkeypatch, tmp_path):
     ):
         x = arguments[0]
         assert_uniform(eta, eps)
+        assert target.amax(1).tolist() == pytest.approx([0.8] * len(target))
         assert float((x + eta).min()) < 0, "x + eta must not be clipped to the image"
         gradient = leaf_gradient(model, x, target)
         delta = in_image(bounded(alpha * gradient.sign(), eps), x)
@@ -1503,10 +1508,13 @@ def attack_calls():
         "FGSM-RS": lambda model: train_fgsm_rs.perturb(model, x, target, eta, EPS, EPS),
         "PGD-AT": lambda model: train_pgd_at.perturb(model, x, target, eta, EPS, EPS / 4, 2),
         "FGSM-SDI": lambda model: train_fgsm_sdi.perturb(model, generator, x, y, s_x, EPS, EPS),
+        "FGSM-CKPT": lambda model: train_fgsm_ckpt.direction(model, x, target, eta, EPS, EPS)[0],
+        "GAIRAT": lambda model: train_gairat.perturb(model, x, y, target, eta, EPS, EPS / 4, 2)[0],
+        "FAT": lambda model: train_fat.perturb(model, x, y, target, eta, EPS, EPS / 4, 2, 2, lambda: torch.zeros_like(x)),
     }
 
 
-NAMES = ["input_gradient", "pgd", "margin pgd", "fgsm", "predict", "FGSM-RS", "PGD-AT", "FGSM-SDI"]
+NAMES = ["input_gradient", "pgd", "margin pgd", "fgsm", "predict", "FGSM-RS", "PGD-AT", "FGSM-SDI", "FGSM-CKPT", "GAIRAT", "FAT"]
 
 
 @pytest.mark.parametrize("name", NAMES)

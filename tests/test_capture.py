@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 import engine
 import models
 from attacks import input_gradient
-from engine import capture
+from engine import capture, kept
 
 NOT_RECORDED = {  # no step of one shape: images leave FAT's attack; LAS-AT looks whether any image is left; a singular value decomposition waits
     "train_fat", "train_las_at", "train_nuat",
@@ -325,3 +325,18 @@ def test_compiled_kernels_and_plain_ones_agree(tiny, float64):
     flags = ("--train-size", "72", "--epochs", "2", "--lr", "0.05")
     compare(*[tiny.train("train_fgsm_rs", *flags, *more) for more in (("--compile",), ())])
     torch._dynamo.reset()
+
+
+def test_a_run_goes_on_recorded_where_it_began_plainly():
+    """Several processes record nothing, and one that goes on for them does: how Adam steps is that machine's affair, not the file's."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    plain, recorded = (torch.optim.Adam([weight], lr=rate) for weight, rate in zip(weights, (0.1, 0.2)))
+    weights[0].grad = torch.ones(3)
+    plain.step()
+    capture.make_recordable(recorded)
+    kept.restore(recorded, kept.state_of(plain), "optimizer")
+    group, = recorded.param_groups
+    assert (group["capturable"], group["fused"], group["foreach"], group["lr"]) == (True, True, False, 0.1)
+    assert recorded.state[weights[1]]["step"] == 1 and torch.equal(recorded.state[weights[1]]["exp_avg"], plain.state[weights[0]]["exp_avg"])
+    kept.restore(plain, kept.state_of(recorded), "optimizer")
+    assert not plain.param_groups[0]["capturable"]

@@ -339,16 +339,20 @@ def passes(name: str, **subject) -> bool:
     ("iterations", dict(fgsm=56, pgd50=51), dict(fgsm=40, pgd50=60)),
     ("steps", dict(pgd50=50, pgd100=49), dict(pgd50=50, pgd100=40)),
     ("margin", dict(pgd50=50, cw=48), dict(pgd50=50, cw=30)),
+    ("margin", dict(pgd50=12, cw=9), dict(pgd50=12, cw=2)),
 ])
 def test_columns_that_disagree(name: str, sound: dict, broken: dict) -> None:
     assert passes(name, standing=accuracies(**sound), classes=10) and not passes(name, standing=accuracies(**broken), classes=10)
 
 
-def test_a_pgd_that_misses_what_autoattack_finds() -> None:
-    clean, ours = accuracies(clean=90)["clean"], accuracies(pgd=60)["pgd"]
-    for aa, expected in ((47, True), (5, False)):
-        theirs = accuracies(aa=aa)
-        assert passes("pgd and autoattack", white_box=ours, found=theirs, standing={"clean": clean}, n=1000) == expected
+@pytest.mark.parametrize("clean, ours, aa, expected", [
+    (90, 60, 47, True), (90, 60, 5, False),  # of what AutoAttack fools, PGD misses much
+    (98, 42, 5.6, False), (98, 42, 26, True),  # it misses little of that, and is eight times as high all the same
+    (10, 100, 0, False),  # more stand PGD than were right
+    (90, 90, 90, True)])
+def test_a_pgd_that_misses_what_autoattack_finds(clean: float, ours: float, aa: float, expected: bool) -> None:
+    standing = accuracies(clean=clean)
+    assert passes("pgd and autoattack", white_box=accuracies(pgd=ours)["pgd"], found=accuracies(aa=aa), standing=standing, n=1000) == expected
 
 
 def test_a_start_that_decides() -> None:

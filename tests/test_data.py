@@ -295,18 +295,20 @@ def test_one_class_is_refused(tmp_path):
         data.load("tiny-imagenet", tmp_path)
 
 
-def test_runs_that_begin_together_make_a_set_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["", "not/there/yet"])
+def test_runs_that_begin_together_make_a_set_once(folder, tmp_path, monkeypatch):
     """The second one waits, and then finds it made."""
     made = []
 
     def slow(name, path):
         made.append(name)
         time.sleep(0.3)
+        path.parent.mkdir(parents=True, exist_ok=True)
         return dict(x_train=np.zeros((10, 32, 32, 3), np.uint8), y_train=np.arange(10), x_test=np.zeros((10, 32, 32, 3), np.uint8), y_test=np.arange(10))
 
     monkeypatch.setattr(data.sets, "downloaded", slow)
     with ThreadPoolExecutor(4) as pool:
-        assert len({len(found.x_train) for found in pool.map(lambda _: data.load("cifar10", tmp_path), range(4))}) == 1
+        assert len({len(found.x_train) for found in pool.map(lambda _: data.load("cifar10", tmp_path / folder), range(4))}) == 1
     assert made == ["cifar10"]
 
 
@@ -417,6 +419,21 @@ def test_a_file_that_ends_too_early_is_noticed(progressive, tmp_path):
         with pytest.raises(Failure, match="a.JPEG cannot be read as an image"):
             images.rgb(path)
     assert not images.readable(tmp_path / "not there")
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError()], ids=str)
+def test_a_file_that_the_system_withholds_is_not_damaged(error, tmp_path, monkeypatch):
+    """It is not left out: the images would be others than before."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    assert images.readable(path)
+
+    def withheld(*_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", withheld)
+    with pytest.raises(MemoryError if isinstance(error, MemoryError) else Failure):
+        images.readable(path)
 
 
 def test_evaluated_images_are_cut_out_at_the_centre(tmp_path):

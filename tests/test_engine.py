@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import engine
 import models
-from engine import checkpoint, config, data, distributed, evaluate, record
+from engine import checkpoint, config, data, distributed, evaluate, guard, record
 from engine.errors import Failure
 
 SIZE, COUNT, PAD = 8, 45, 2
@@ -476,6 +477,40 @@ def no_git_variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def test_an_epochs_accuracies_are_of_these_networks_with_these_settings(tmp_path, monkeypatch):
+    seen, verdicts = [], evaluate.verdicts
+
+    def watched(network, *images, **more):
+        seen.append((network, more["eps"], more["alpha"], more["seed"]))
+        return verdicts(network, *images, **more)
+
+    monkeypatch.setattr(evaluate, "verdicts", watched)
+    run = engine.Run(configuration(tmp_path, ema=0.5, seed=3, epsilon=24.0, precision="bf16"))
+    for x, y, _ in run.batches():
+        learn(run, x, y)
+    assert [network for network, *_ in seen] == 2 * [run.network, run.average], "the bare networks, and so in fp32"
+    assert all(settings == pytest.approx([24 / 255, 6 / 255, 3]) for _, *settings in seen)
+
+
+def test_evaluation_is_not_training_time(tmp_path, monkeypatch):
+    now, verdicts = [0.0], evaluate.verdicts
+
+    def slow(*arguments, **more):
+        now[0] += 7
+        return verdicts(*arguments, **more)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(evaluate, "verdicts", slow)
+    monkeypatch.setattr(guard, "LOOK", 1)
+    monkeypatch.setattr(guard, "TEST_EVERY", 1)
+    run = engine.Run(configuration(tmp_path))
+    for x, y, _ in run.batches():
+        now[0] += 1
+        learn(run, x, y)
+    seconds = json.loads((tmp_path / "result.json").read_text())["seconds"]
+    assert (seconds["training"], seconds["evaluation"]) == (10, 7 * 2 * 5), "an epoch has five batches, the guard looks after all but the last"
+
+
 def test_a_result_says_its_commit_and_whether_the_tree_was_dirty(no_git_variables, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "ROOT", tmp_path.resolve())
     assert record.source() == {"commit": None, "dirty": True}, "neither git nor SOURCE_COMMIT"
@@ -488,6 +523,8 @@ def test_a_result_says_its_commit_and_whether_the_tree_was_dirty(no_git_variable
     (tmp_path / "file").write_text("b")
     assert record.source() == {"commit": head, "dirty": True}
     git(tmp_path, "checkout", "file")
+    (tmp_path / "nohup.out").write_text("")
+    assert record.source() == {"commit": head, "dirty": False}, "it computes nothing"
     (tmp_path / "new.py").write_text("")
     assert record.source() == {"commit": head, "dirty": True}, "a file that git does not know"
     monkeypatch.setenv("SOURCE_COMMIT", "abc")

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ import train_awp
 import train_las_at
 import train_lbgat
 import utils
-from engine import distributed, record
+from engine import checkpoint, distributed, record
 from engine.config import Config, numbers
 from engine.errors import Failure, Misuse
 from engine.networks import Classifier
@@ -156,10 +157,13 @@ def test_the_momentum_cycles_unless_told_otherwise(tmp_path):
 @pytest.mark.parametrize("flag, seconds, wanted", [("time_limit", 59, 0), ("time_limit", 61, 2), ("save_every", 59, 0), ("save_every", 61, 1)])
 def test_limits_are_minutes(flag, seconds, wanted, tmp_path):
     run = engine.Run(configuration(tmp_path, **{flag: 1}))
-    run._began -= seconds if flag == "time_limit" else 0
     batches = run.batches()
     next(batches)
-    run._last_save -= seconds if flag == "save_every" else 0
+    if flag == "time_limit":
+        assert run._deadline == run._began + 60
+        run._deadline = time.perf_counter() + 60 - seconds  # however long it took to come here
+    else:
+        run._last_save -= seconds
     assert run._wanted() == wanted
     batches.close()
 
@@ -690,3 +694,145 @@ def test_untracked_passes_gradients(float64):
     with utils.untracked(network):
         found = torch.autograd.grad(network(x).square().mean() + network(x).sum(), list(network.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+# ---- what a new method may get wrong ---------------------------------------------------------------------------------
+
+def test_more_updates_than_the_schedule_counts_on_end_the_run(tmp_path):
+    """The rate would go on beyond the schedule's end, where cyclic's is negative."""
+    def train(**more: Any) -> None:
+        run = engine.Run(configuration(tmp_path / str(more)), **more)
+        for x, y, _ in run.batches():
+            for _ in range(2):
+                learn(run, x, y)
+
+    with pytest.raises(Failure, match=r"2 times in a batch, .* counts on 1: say engine.Run\(cfg, updates_per_batch=2\)"):
+        train()
+    train(updates_per_batch=2)
+
+
+def test_a_flag_without_a_help_is_named():
+    @dataclasses.dataclass(kw_only=True)
+    class Mine(Config):
+        beta: float = 6.0
+
+    with pytest.raises(TypeError, match=r"Mine.beta has no help: write it as engine.flag"):
+        Mine(dataset="digits")
+
+
+def test_a_copy_of_a_script_needs_a_name_of_its_own(tiny):
+    """Otherwise it goes on with the runs of the one that it was copied from."""
+    text = (record.ROOT / "train_fgsm_rs.py").read_text()
+    for name in ("train_fgsm_rs.py", "mine.py"):
+        (tiny.directory / name).write_text(text)
+    (tiny.directory / "train_mine.py").write_text(text.replace('"fgsm-rs"', '"mine"'))
+    tiny.root = tiny.directory
+    result = tiny.command("mine", "--help")
+    assert result.status == 2 and "METHOD = 'fgsm-rs' in mine.py is the name of train_fgsm_rs.py" in result.err
+    for name in ("train_fgsm_rs", "train_mine"):
+        assert tiny.command(name, "--help").status == 0
+
+
+def test_a_script_that_was_changed_is_warned_of(tiny, capsys):
+    directory = tiny.train("train_fgsm_rs", "--epochs", 1)
+    command = ("train_fgsm_rs", *tiny.flags, "--epochs", 1, "--out-dir", directory)
+    assert "by this script as it was before" not in tiny.command(*command).err
+    state = torch.load(directory / "state.pth", weights_only=True)
+    torch.save(state | {"script": "another"}, directory / "state.pth")
+    assert "warning: " in (said := tiny.command(*command).err) and "by this script as it was before" in said
+
+
+# ---- kills and processes ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_best_network_that_was_undone_gives_way(before, tmp_path, monkeypatch):
+    """A kill between best.pth and state.pth: the epoch is done again, and need not end as it did where kernels are not deterministic."""
+    accuracies, save = iter([50, 60, 40, 40]), checkpoint.save
+
+    def killed(content: dict, path: Path) -> None:
+        if path.name == "state.pth" and content["position"]["epoch"] == before + 1 and not content["position"]["batch"]:
+            raise KeyboardInterrupt
+        save(content, path)
+
+    def train() -> None:
+        run = engine.Run(configuration(tmp_path))
+        run._accuracies = lambda network: {"val_pgd10": float(next(accuracies))}
+        for x, y, _ in run.batches():
+            learn(run, x, y)
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        train()
+    undone = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert undone["epoch"] == before + 1
+    train()
+    best, said = torch.load(tmp_path / "best.pth", weights_only=True), json.loads((tmp_path / "result.json").read_text())["checkpoints"]["best"]
+    assert (best["epoch"], said["pgd10"]["value"]) == (said["epoch"], [60, 50][before]) and said["epoch"] == 1
+    assert checkpoint.digest(best["state_dict"]) == said["sha256"]
+    assert not list(tmp_path.glob("best-before*"))
+
+
+@pytest.mark.parametrize("ending, status", [(None, 0), (SystemExit(0), 0), (SystemExit(2), 2), (RuntimeError("of torch"), 1), (KeyError("a"), 1)], ids=str)
+def test_a_process_that_fails_takes_no_leave(ending, status, monkeypatch, capsys):
+    """NCCL's leave waits for the others, which wait for this process."""
+    events: list[Any] = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: events.append("leave"))
+    monkeypatch.setattr(os, "_exit", events.append)
+    with distributed.leaving():
+        if ending is not None:
+            raise ending
+    assert events == ["leave"] * (status == 0) + [status]
+    assert ("Traceback" in capsys.readouterr().err) == (status == 1)
+
+
+def test_processes_with_other_images_are_refused(tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    assert distributed.agree("this", device)
+    monkeypatch.setattr(distributed, "maximum", lambda value, device: max(value, -value))
+    assert not distributed.agree("this", device)
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed, "agree", lambda *_: False)
+    with pytest.raises(Failure, match="not all processes have the same training images of digits"):
+        engine.Run(configuration(tmp_path))
+
+
+def test_a_result_is_written_where_one_process_alone_misses_it(tmp_path, monkeypatch):
+    """The first one writes it while another looks: all must come to the barrier behind."""
+    for x, y, _ in (run := engine.Run(configuration(tmp_path))).batches():
+        learn(run, x, y)
+    finished, barriers = engine.Run(configuration(tmp_path)), []
+    monkeypatch.setattr(distributed, "maximum", lambda value, device: 1)
+    monkeypatch.setattr(distributed, "barrier", lambda: barriers.append(1))
+    assert list(finished.batches()) == [] and barriers, "it comes to the end of the run, though it sees the file"
+
+
+@pytest.mark.parametrize("error", [None, OSError(38, "Function not implemented"), BlockingIOError()], ids=str)
+def test_a_disk_without_locks_is_warned_of(error, tmp_path, monkeypatch, capsys):
+    def flock(*_: Any) -> None:
+        if error:
+            raise error
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", flock)
+    if isinstance(error, BlockingIOError):
+        with pytest.raises(Misuse, match="another run"):
+            checkpoint.lock(tmp_path)
+        return
+    checkpoint.lock(tmp_path).close()
+    assert ("cannot be locked (Function not implemented)" in capsys.readouterr().err) == bool(error)
+
+
+def test_a_lock_ends_with_its_process_though_a_worker_lives_on(tmp_path):
+    held = checkpoint.lock(tmp_path)
+    (told, tell), (asked, ask) = os.pipe(), os.pipe()
+    if not (worker := os.fork()):
+        os.write(tell, b"x")
+        os.read(asked, 1)  # lives on
+        os._exit(0)
+    try:
+        os.read(told, 1)
+        held.close()
+        checkpoint.lock(tmp_path).close()
+    finally:
+        os.write(ask, b"x")
+        assert os.waitpid(worker, 0)[1] == 0

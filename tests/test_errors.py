@@ -134,7 +134,7 @@ def test_a_data_file_that_is_wrong(what, tiny):
     change(arrays)
     np.savez(tiny.directory / "cifar10.npz", **arrays)
     result = tiny.command("train_fgsm_rs", "--dataset", "cifar10", "--data-dir", tiny.directory, "--val-size", 10, "--out-dir", tiny.directory / "o")
-    refused(result, 2, "cifar10.npz", "delete", *words)
+    refused(result, 2, "cifar10.npz", "move it away", *words)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", "cut", "flipped"], ids=["empty", "text", "cut", "flipped"])
@@ -146,7 +146,7 @@ def test_a_data_file_that_is_damaged(content, tiny):
         whole[len(whole) // 3] ^= 0xFF
     path.write_bytes({"cut": bytes(whole[:-2000]), "flipped": bytes(whole)}.get(content, content))
     result = tiny.command("train_fgsm_rs", "--dataset", "cifar10", "--data-dir", tiny.directory, "--val-size", 10, "--out-dir", tiny.directory / "o")
-    refused(result, 2, "cifar10.npz", "damaged", "delete")
+    refused(result, 2, "cifar10.npz", "damaged", "move it away")
 
 
 def test_a_download_that_fails(tiny, monkeypatch):
@@ -161,7 +161,8 @@ def test_a_download_that_fails(tiny, monkeypatch):
     assert not list((tiny.directory / "data").iterdir())
 
 
-def test_a_data_set_made_from_torchvisions_files(tiny, monkeypatch):
+@pytest.mark.parametrize("name, theirs, classes", [("cifar10", "CIFAR10", 10), ("cifar100", "CIFAR100", 100)])
+def test_a_data_set_made_from_torchvisions_files(name, theirs, classes, tiny, monkeypatch):
     """What the download gives becomes the local form, and is read from there afterwards."""
     import torchvision
     from engine import data
@@ -171,13 +172,14 @@ def test_a_data_set_made_from_torchvisions_files(tiny, monkeypatch):
             arrays = sound()
             self.data, self.targets = (arrays["x_train"], arrays["y_train"].tolist()) if train else (arrays["x_test"], arrays["y_test"].tolist())
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
-    first = data.load("cifar10", tiny.directory)
-    monkeypatch.delattr(torchvision.datasets, "CIFAR10")
-    again = data.load("cifar10", tiny.directory)
-    for name, array in sound().items():
-        assert np.array_equal(getattr(first, name), array) and np.array_equal(getattr(again, name), array)
-    assert {path.name for path in tiny.directory.iterdir()} == {"cifar10.npz"}
+    monkeypatch.setattr(torchvision.datasets, theirs, Downloaded)
+    first = data.load(name, tiny.directory)
+    monkeypatch.delattr(torchvision.datasets, theirs)
+    again = data.load(name, tiny.directory)
+    for part, array in sound().items():
+        assert np.array_equal(getattr(first, part), array) and np.array_equal(getattr(again, part), array)
+    assert {path.name for path in tiny.directory.iterdir()} == {f"{name}.npz"}
+    assert (first.classes, first.flip, first.pad) == (classes, True, 4)
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", "cut"], ids=["empty", "text", "cut"])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,24 @@ def test_a_network_that_is_not_finite_is_no_result(model):
         evaluate.check_finite(model, images(5)[0])
 
 
+def test_a_row_with_nan_is_no_class():
+    """Its largest logit would be the first nan, and images of that class robust."""
+    logits = torch.tensor([[torch.nan, 1.0, 2.0], [0.0, torch.nan, 2.0], [0.0, 3.0, -torch.inf]])
+    assert attacks.predict(lambda x: logits, torch.zeros(3)).tolist() == [-1, -1, 1]
+
+
+@pytest.mark.parametrize("what", ["verdicts", "autoattack"])
+def test_no_pass_of_an_evaluation_is_in_tf32(what, model, tmp_path, monkeypatch):
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    if what == "verdicts":
+        measured(model, n=4, columns=("clean", "pgd10"))
+    else:
+        attack(model, 4, tmp_path / "a.pth", columns=("apgd",))
+    assert seen and set(seen) == {(False, False)}
+
+
 # ---- AutoAttack ------------------------------------------------------------------------------------------------------
 
 N, BATCH = 40, 16  # several batches, and a last one that is not full
@@ -208,27 +227,30 @@ def test_autoattack_on_few_classes(classes):
 
 
 def test_autoattack_is_the_packages(model, tmp_path, monkeypatch):
-    """Image by image, verdicts and adversarial images, though ours was interrupted between two attacks.
+    """Image by image, verdicts and adversarial images, though ours was interrupted in the middle of one of the attacks.
 
     And neither the global random numbers nor BatchNorm's averages moved.
     """
     from pyautoattack import AutoAttack
 
     states, buffers, lines = random_states(), {name: value.clone() for name, value in model.named_buffers()}, []
-    single, path = attacks.auto_attack, tmp_path / "autoattack.pth"
+    single, path, begun = attacks.auto_attack, tmp_path / "autoattack.pth", []
 
     def interrupted(*arguments, attack, **named):
-        if attack == "fab-t":
+        if attack in begun:
             raise Interrupted
+        begun.append(attack)
         return single(*arguments, attack=attack, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(attacks, "auto_attack", interrupted)
+        patch.setattr(evaluate, "SAVE_EVERY", -1)
         with pytest.raises(Interrupted):
             attack(model, N, path)
     found = attack(model, N, path, log=lines.append)
     assert random_states() == states and all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
-    assert any("apgd-ce, apgd-t done" in line for line in lines), "it says that it continues, and from where"
+    assert any("clean done" in line for line in lines), "it says that it continues, and from where"
+    assert any(line.startswith(f"apgd-ce: {2 * BATCH} of") for line in lines) and not any(line.startswith(f"apgd-ce: {BATCH} of") for line in lines)
 
     x, y = images(N)
     points = data.to_images(x)
@@ -270,46 +292,47 @@ def test_autoattack_is_the_original(model, tmp_path, monkeypatch, record_propert
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """In the place of each of the four attacks one that fools every third image that it is given; the list of calls."""
-    calls = []
-
+    """In the place of each of the four attacks one that fools every third image that it is given, saved after each batch; the list of calls."""
     def fool(model, x, y, *, attack, eps, seed, batch_size, classes, log=None):
-        calls.append((attack, len(x)))
-        if interrupt_at == attack:
+        if len(calls.calls) == calls.interrupt_at:
             raise Interrupted
+        calls.calls.append((attack, len(x), x.sum().item()))
         still = torch.arange(len(x)) % 3 != 0
         log(f"{attack} at work")
         return torch.where(still[:, None, None, None], x, x + attacks.AUTOATTACK.index(attack) + 1), still
 
-    interrupt_at = None
-
-    def interrupt(at: str | None) -> None:
-        nonlocal interrupt_at
-        interrupt_at = at
-
     monkeypatch.setattr(attacks, "auto_attack", fool)
-    calls_and_switch = type("Pretended", (), {"calls": calls, "interrupt": staticmethod(interrupt)})
-    return calls_and_switch
+    monkeypatch.setattr(evaluate, "SAVE_EVERY", -1)
+    calls = types.SimpleNamespace(calls=[], interrupt_at=None)
+    return calls
 
 
-@pytest.mark.parametrize("at", attacks.AUTOATTACK)
-def test_an_interrupted_autoattack_repeats_nothing(at, pretended, model, tmp_path):
+def test_an_interrupted_autoattack_repeats_nothing(pretended, model, tmp_path):
+    """Wherever it is interrupted: between two attacks, or between two batches of one."""
     whole = attack(model, N, tmp_path / "whole.pth")
     uninterrupted = list(pretended.calls)
-    assert [name for name, _ in uninterrupted] == list(attacks.AUTOATTACK)
-    pretended.calls.clear()
-    pretended.interrupt(at)
-    with pytest.raises(Interrupted):
-        attack(model, N, tmp_path / "parts.pth")
-    pretended.calls.pop()
-    pretended.interrupt(None)
-    parts = attack(model, N, tmp_path / "parts.pth")
-    assert pretended.calls == uninterrupted, "each attack once, on what the ones before left standing"
-    assert all(torch.equal(whole[column], parts[column]) for column in ("apgd", "aa"))
-    states = [torch.load(tmp_path / name, weights_only=True) for name in ("whole.pth", "parts.pth")]
-    assert torch.equal(states[0]["x_adv"], states[1]["x_adv"])
-    attack(model, N, tmp_path / "parts.pth")
-    assert pretended.calls == uninterrupted, "a finished one runs nothing"
+    assert [name for name, *_ in uninterrupted] == 3 * ["apgd-ce"] + 2 * ["apgd-t"] + ["fab-t", "square"], "in batches of 16, of what is left of 40 images"
+    for at in range(len(uninterrupted)):
+        pretended.calls, pretended.interrupt_at, path = [], at, tmp_path / f"{at}.pth"
+        with pytest.raises(Interrupted):
+            attack(model, N, path)
+        pretended.interrupt_at = None
+        parts = attack(model, N, path)
+        assert pretended.calls == uninterrupted, "each batch once, of what the attacks before left standing"
+        assert all(torch.equal(whole[column], parts[column]) for column in ("apgd", "aa"))
+        states = [torch.load(file, weights_only=True) for file in (tmp_path / "whole.pth", path)]
+        assert torch.equal(states[0]["x_adv"], states[1]["x_adv"]) and not states[1]["unfinished"]
+        attack(model, N, path)
+        assert pretended.calls == uninterrupted, "a finished one runs nothing"
+
+
+def test_what_square_alone_finds_is_a_warning(monkeypatch, model, tmp_path):
+    """The package says so above 0.2 points, but is given one attack at a time here."""
+    for name, warned in (("square", True), ("fab-t", False)):
+        monkeypatch.setattr(attacks, "auto_attack", lambda model, x, y, *, attack, **more: (x, torch.full((len(x),), attack != name)))
+        attack(model, N, tmp_path / f"{name}.pth")
+        said = torch.load(tmp_path / f"{name}.pth", weights_only=True)["warnings"]
+        assert [line.partition(" ")[0] for line in said] == ["Square"] * warned
 
 
 def test_what_the_package_warns_of_is_kept(monkeypatch, model, tmp_path):
@@ -331,9 +354,9 @@ def test_what_the_package_warns_of_is_kept(monkeypatch, model, tmp_path):
 
 def test_apgd_is_the_first_attack_alone(pretended, model, tmp_path):
     first = attack(model, N, tmp_path / "a.pth", columns=("apgd",))
-    assert [name for name, _ in pretended.calls] == ["apgd-ce"] and first.keys() == {"apgd"}
+    assert {name for name, *_ in pretended.calls} == {"apgd-ce"} and first.keys() == {"apgd"}
     both = attack(model, N, tmp_path / "a.pth")
-    assert [name for name, _ in pretended.calls] == list(attacks.AUTOATTACK), "aa goes on where apgd ended"
+    assert list(dict.fromkeys(name for name, *_ in pretended.calls)) == list(attacks.AUTOATTACK), "aa goes on where apgd ended"
     assert torch.equal(first["apgd"], both["apgd"]) and both["aa"].sum() < both["apgd"].sum()
 
 
@@ -349,7 +372,7 @@ def test_a_state_of_another_evaluation_is_not_used(what, pretended, model, tmp_p
         with torch.no_grad():
             model.linear.bias[0] += 1e-6
     attack(model, N - (what == "images"), path, log=lines.append, **STALE[what])
-    assert len(pretended.calls) == 4 and any("another evaluation" in line for line in lines)
+    assert {name for name, *_ in pretended.calls} == set(attacks.AUTOATTACK) and any("another evaluation" in line for line in lines)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", "half", "of something else"])
@@ -363,7 +386,7 @@ def test_a_damaged_state_is_not_used(content, pretended, model, tmp_path):
         path.write_bytes(whole[:len(whole) // 2] if content == "half" else content)
     pretended.calls.clear()
     found = attack(model, N, path, log=lines.append)
-    assert len(pretended.calls) == 4 and any("starting anew" in line for line in lines)
+    assert {name for name, *_ in pretended.calls} == set(attacks.AUTOATTACK) and any("starting anew" in line for line in lines)
     assert all(torch.equal(expected[column], found[column]) for column in expected)
 
 
@@ -404,7 +427,7 @@ def test_the_evaluation_script(pretended, digits_run, tiny, monkeypatch):
     not_passed = [check["name"] for check in content["card"]["checks"] if check["status"] != "pass"]
     wrong = {"bounds", "pgd and autoattack", "autoattack's square"}
     assert wrong <= set(not_passed) <= wrong | {"recomputed"}, "what stands in for AutoAttack leaves the ball; each attack of it finds a third"
-    assert [sentence.partition(":")[0] for sentence in content["warnings"]] == not_passed
+    assert content["warnings"][0].startswith("Square takes") and [sentence.partition(":")[0] for sentence in content["warnings"][1:]] == not_passed
     assert all(f"warning: {sentence}" in result.out for sentence in content["warnings"])
 
     assert list(content["metrics"]) == list(evaluate.COLUMNS)
@@ -425,12 +448,12 @@ def test_an_evaluation_names_the_code_of_all_its_parts(pretended, digits_run, ti
     """AutoAttack may have been begun by another commit."""
     out_dir = tiny.directory / "evaluation"
     command = ("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, "--n-ex", 50, "--card-n", 0, "--attacks", "clean,aa")
-    for commit, dirty, at in (("a", True, "fab-t"), ("b", False, "square")):
+    for commit, dirty, more in (("a", True, 1), ("b", False, 2)):
         monkeypatch.setattr(record, "source", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
-        pretended.interrupt(at)
+        pretended.interrupt_at = len(pretended.calls) + more
         with pytest.raises(Interrupted):
             tiny.command(*command)
-    pretended.interrupt(None)
+    pretended.interrupt_at = None
     monkeypatch.setattr(record, "source", lambda: {"commit": "c", "dirty": False})
     assert tiny.command(*command).status == 0
     content = json.loads((out_dir / "evaluation.json").read_text())
@@ -438,6 +461,26 @@ def test_an_evaluation_names_the_code_of_all_its_parts(pretended, digits_run, ti
     assert tiny.command(*command[:-1], "clean").status == 0
     content = json.loads((out_dir / "evaluation.json").read_text())
     assert (content["commit"], content["dirty"]) == ("c", False) and "earlier_commits" not in content, "nothing of it is AutoAttack's"
+
+
+def test_a_file_of_another_repository_is_evaluated_at_8(digits_run, tiny):
+    """What it calls epsilon may be a fraction of 1, and its data sets have other names."""
+    ours = torch.load(digits_run / "best.pth", weights_only=True)
+    out_dir, flags = tiny.directory / "e", ("--attacks", "clean", "--n-ex", 20, "--card-n", 0)
+    torch.save({"state_dict": ours["state_dict"], "epsilon": 0.031, "dataset": "DIGITS"}, tiny.directory / "raw.pth")
+    assert tiny.command("test_FGSM_SDI", "--model_path", tiny.directory / "raw.pth", "--out-dir", out_dir, *flags).status == 0
+    content = json.loads((out_dir / "evaluation.json").read_text())
+    assert (content["epsilon"], content["pgd_alpha"], content["dataset"]) == (8, 2, "digits")
+
+
+def test_flags_of_the_evaluation_reach_what_they_are_for(digits_run, tiny, monkeypatch):
+    torch.save({name: torch.load(digits_run / f"{name}.pth", weights_only=True)["state_dict"] for name in ("best", "last")}, tiny.directory / "both.pth")
+    load, verdicts, asked = foreign.load, evaluate.verdicts, {}
+    monkeypatch.setattr(foreign, "load", lambda *arguments, **more: asked.update(more) or load(*arguments, **more))
+    monkeypatch.setattr(evaluate, "verdicts", lambda *arguments, **more: asked.update(more) or verdicts(*arguments, **more))
+    result = tiny.command("test_FGSM_SDI", "--model_path", tiny.directory / "both.pth", "--which", "last", "--normalise", "none", "--seed", 7, "--n-ex", 20,
+                          "--card-n", 0, "--attacks", "clean", "--out-dir", tiny.directory / "e")
+    assert result.status == 0 and (asked["which"], asked["normalise"], asked["seed"]) == ("last", "none", 7)
 
 
 def test_doubts_of_which_network_it_is_are_warnings(digits_run, tiny, monkeypatch):

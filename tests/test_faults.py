@@ -405,6 +405,8 @@ def read_only() -> Iterator[Path]:
 def test_a_read_only_directory_is_named(what, whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data.sets, "downloaded", lambda name, path: {"x_train": np.zeros(3)})
     monkeypatch.setattr(foreign, "read", lambda path, content=foreign.read(whole / "best.pth"): content)  # which nobody may not
+    digits = data.load("digits", ".")  # scikit-learn's file may lie where nobody else may read
+    monkeypatch.setattr(data, "load", lambda name, *more, load=data.load: digits if name == "digits" else load(name, *more))
     with read_only() as directory:
         assert ended(*{"run": (train, directory), "run in it": (train, directory / "run"),
                        "evaluation": (measure, whole / "best.pth", directory / "evaluated"),

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,12 @@ def test_ours_is_the_published_one_to_rounding(path):
             assert not apart, f"{name}: {sorted(apart)}"
         else:
             assert apart and (known[name] is EVERYTHING or apart <= known[name]), f"{name} is no longer apart in {known[name]}, or in more: {sorted(apart)}"
+
+
+@pytest.mark.parametrize("name", ["compare", "single_step", "multi_step", "strategies", "everything"])
+def test_the_comparisons_can_be_imported(name):
+    """They need the published repositories to run, and would not notice what has been renamed here."""
+    folder = Path(__file__).resolve().parent / "published"
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=folder, env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parent.parent}"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

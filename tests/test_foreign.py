@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 import models
-from engine import foreign
+from engine import data, foreign
 from engine.errors import Misuse
 
 KEYS = json.loads((Path(__file__).parent / "fixtures" / "published_keys.json").read_text())
@@ -364,11 +364,11 @@ def test_best_and_last(tmp_path):
     ("preactresnet18d", {"width": 8, "classes": 200, "image_size": 64}, None),
     ("resnet18", {"width": 4}, foreign.NORMALISATIONS["cifar10"]),
     ("resnet18-nuat", {"width": 4}, None),
-    ("resnet8", {"channels": 1, "image_size": 8}, ((0.3055,), (0.3774,))),
+    ("resnet8", {"channels": 1, "image_size": 8}, ((0.3054,), (0.3760,))),
     ("wideresnet34-20", {"width": 1}, None),
     ("preactresnet34", {"width": 4, "classes": 200, "image_size": 64}, None),
     ("resnet50", {"width": 8, "channels": 1, "classes": 20}, None),
-    ("cnn1", {"channels": 1, "image_size": 8}, ((0.3055,), (0.3774,))),
+    ("cnn1", {"channels": 1, "image_size": 8}, ((0.3054,), (0.3760,))),
     ("cnn4", {"width": 5, "image_size": 28}, foreign.NORMALISATIONS["cifar10"]),
 ])
 def test_our_own_checkpoints_are_unambiguous(arch, options, normalise, tmp_path):
@@ -439,7 +439,7 @@ def test_clean_accuracy_tells_what_the_keys_do_not(arch, normalise, tmp_path):
         assert torch.equal(net(x), built(state, arch, normalise, width=8)(x))
     accuracies = {(row["arch"], row["normalise"]): row["accuracy"] for row in report["candidates"]}
     assert len(accuracies) == 2 * len(foreign.TRIED[10]) and accuracies.pop((arch, normalise)) == 100
-    assert max(accuracies.values()) < 100 and "10 candidates on 64 training images" in report["reason"]
+    assert max(accuracies.values()) < 100 and f"{2 * len(foreign.TRIED[10])} candidates on 64 training images" in report["reason"]
     json.dumps(report)
 
 
@@ -449,9 +449,35 @@ def test_flags_narrow_what_is_measured(tmp_path):
     report = foreign.load(path, model="PreActResNest18", normalise="cifar10", images=x, labels=y)[1]
     assert [row["arch"] for row in report["candidates"]] == list(BD) and report["arch"] == "preactresnet18b"
     report = foreign.load(path, model="PREACTRESNET18D", images=x, labels=y)[1]
-    assert report["arch"] == "preactresnet18d" and len(report["candidates"]) == 5
+    assert report["arch"] == "preactresnet18d" and len(report["candidates"]) == len(foreign.TRIED[10])
     report = foreign.load(path, model="preactresnet18d", normalise="CIFAR10")[1]
     assert report["arch"] == "preactresnet18d" and report["candidates"][0]["accuracy"] is None
+
+
+def test_a_normalisation_by_its_numbers(tmp_path):
+    path = saved(tmp_path / "model.pth", _narrow("preactresnet18a"))
+    net, report = foreign.load(path, model="preactresnet18a", normalise="0.5,0.5,0.5/0.25,0.2,1")
+    assert (report["normalise"], report["mean"], report["std"]) == ("its own", [0.5, 0.5, 0.5], [0.25, 0.2, 1])
+    x = images(2)
+    plain, _ = foreign.load(path, model="preactresnet18a", normalise="none")
+    with torch.no_grad():
+        assert torch.allclose(net(x), plain((x - 0.5) / torch.tensor([0.25, 0.2, 1]).view(3, 1, 1)), atol=1e-5)
+    for wrong in ("0.5/0.5", "0,0,0/1,1,0", "0,0,0/1,1", "a,b,c/1,1,1", "0,0,0/1,1,nan", "/", "1/2/3"):
+        with pytest.raises(Misuse, match="3 means, a slash"):
+            foreign.load(path, model="preactresnet18a", normalise=wrong)
+
+
+def test_the_published_means_and_deviations():
+    table = foreign.NORMALISATIONS
+    assert table["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    assert table["cifar10-ckpt"] == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert table["cifar100"] == ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    assert table["svhn-nfgsm"] == ((0.4380, 0.4440, 0.4730), (0.1751, 0.1771, 0.1744))
+    assert table["imagenet"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = data.load("digits", ".").x_train / 255
+    assert (x.mean(), x.std()) == pytest.approx([value for value, in table["digits"]], abs=1e-4), "the only training images at hand"
+    for names in foreign.TRIED.values():
+        assert names[0] == "none" and set(names) <= table.keys()
 
 
 def test_without_images_an_ambiguous_file_asks_for_the_flags(tmp_path):
@@ -470,6 +496,9 @@ def test_doubts_are_noted(tmp_path):
     assert any("0.00 points behind" in doubt for doubt in report["doubts"])
     assert any("near chance" in doubt for doubt in report["doubts"])
     assert report["arch"] == "resnet18" and report["normalise"] == "none"  # the first wins a tie
+    pair = [foreign.Candidate("resnet18", 10, 3, 8, 32, (), name, (0.0,) * 3, (1.0,) * 3) for name in ("none", "cifar10")]
+    for second, doubted in ((99.9, 1), (98.0, 0)):
+        assert len(foreign._justified(pair, [100.0, second], pair[0], 1000)[1]) == doubted, "where all are right, too"
 
 
 @pytest.mark.parametrize("x, y, words", [

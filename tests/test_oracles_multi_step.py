@@ -14,6 +14,7 @@ import importlib
 import itertools
 import math
 import tempfile
+import types
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ import train_las_at
 import train_liet
 import train_mart
 import utils
-from engine import data
+from engine import data, record
 from tests.conftest import doubles
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -1152,3 +1153,26 @@ def test_liets_divergence(loud):
     assert 0 < float(found.detach()) < math.log(2)
     for ours, theirs in zip(gradients(found, one, two), gradients(expected, one, two)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_every_script_has_an_oracle():
+    """Those of the first four methods are runs that are replayed, in tests/test_algorithms.py."""
+    from tests import test_oracles_single_step as single_step
+
+    replayed = {script for _, script, *_ in (*single_step.RUNS.values(), *CASES.values())}
+    assert replayed | {"train_fgsm_rs", "train_pgd_at", "train_fgsm_sdi", "train_fgsm_ga"} == {path.stem for path in record.ROOT.glob("train_*.py")}
+
+
+@pytest.mark.parametrize("dataset, size", [("cifar10", 32), ("tiny-imagenet", 64)])
+def test_las_ats_strategy_network_is_the_published_one(dataset, size, monkeypatch):
+    built: dict = {}
+
+    def build(actions, **more):
+        built.update(more)
+        raise StopIteration
+
+    monkeypatch.setattr(engine, "Run", lambda cfg: types.SimpleNamespace(model=None, device="cpu", channels=3, shape=(3, size, size)))
+    monkeypatch.setattr(train_las_at, "StrategyNetwork", build)
+    with pytest.raises(StopIteration):
+        train_las_at.main(train_las_at.Config(dataset=dataset))
+    assert built == dict(channels=3, image_size=size, width=64, blocks=(2, 2, 2, 2))

@@ -43,10 +43,11 @@ class Double(nn.Module):
 
 @contextmanager
 def exactly(before: Callable[[str, int], Any] = lambda attack, n: None) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, verdicts depend on nothing but the image: in double precision, and AutoAttack's attacks are short ones of PGD without noise.
+    """Inside, verdicts depend on nothing but the image: in double precision, and AutoAttack's attacks are short ones of PGD without noise, saved
+    after every batch. The other processes' warn of something.
 
     Args:
-        before: called with each attack's name and the number of its images.
+        before: called with each attack's name and the number of its images, for every batch.
     """
     load = foreign.load
 
@@ -54,14 +55,17 @@ def exactly(before: Callable[[str, int], Any] = lambda attack, n: None) -> Itera
         network, report = load(*arguments, **named)
         return Double(network), report
 
-    def short(model: nn.Module, x: Tensor, y: Tensor, *, attack: str, eps: float, **_: Any) -> tuple[Tensor, Tensor]:
+    def short(model: nn.Module, x: Tensor, y: Tensor, *, attack: str, eps: float, log: Callable[[str], None], **_: Any) -> tuple[Tensor, Tensor]:
         before(attack, len(x))
+        if distributed.rank():
+            log(f"warning: of process {distributed.rank()}")
         x_adv = (x + attacks.pgd(model, x, y, eps=eps, alpha=eps / 4, steps=STEPS[attack])).clamp(0, 1)
         return x_adv, attacks.predict(model, x_adv) == y
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreign, "load", loaded)
         patch.setattr(attacks, "auto_attack", short)
+        patch.setattr(evaluate, "SAVE_EVERY", -1)
         yield patch
 
 
@@ -88,8 +92,9 @@ def evaluated(model: Path, out_dir: Path, *flags: Any) -> dict:
         "--attacks", ",".join((*PLAIN, "apgd", "aa")), *flags)))))
 
 
-def interrupted_at(name: str, how: Callable[[], Any]) -> Callable[[str, int], Any]:
-    return lambda attack, n: how() if attack == name else None
+def interrupted_at(name: str, how: Callable[[], Any], batch: int = 0) -> Callable[[str, int], Any]:
+    left = iter([None] * batch)
+    return lambda attack, n: next(left, how) and how() if attack == name else None
 
 
 def leave() -> None:
@@ -136,13 +141,14 @@ def launched(what: str, model: Path, directory: Path) -> tuple[int, str]:
 def both(digits_run, tmp_path_factory) -> tuple[Path, Path]:
     """What one process left, and what two did."""
     model, one, two = digits_run / "best.pth", tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    with pytest.raises(KeyboardInterrupt), exactly(interrupted_at("fab-t", leave)):
+    with pytest.raises(KeyboardInterrupt), exactly(interrupted_at("fab-t", leave, batch=1)):
         evaluated(model, two / "one, then two", "--attacks", "aa")
     work("all", model, one)
     status, output = launched("all", model, two)
     assert status == 0, output[-4000:]
     assert output.count("written to") == 5, "the first process alone speaks"
     assert f"continuing from {two / 'one, then two' / 'autoattack.pth'}: clean, apgd-ce, apgd-t done" in output
+    assert f"fab-t: {BATCH} of" not in output, "which one process had done"
     return one, two
 
 
@@ -163,12 +169,13 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("name", ["exact", "one, then two", "few"])
 def test_two_processes_find_what_one_does(name, both):
-    """`one, then two`: one process was interrupted after two attacks, and two went on. `few`: an image, and nothing for the second process."""
+    """`one, then two`: one process was interrupted after a batch of the third attack, and two went on. `few`: an image, and nothing for the second process."""
     assert same(both[0] / name, both[1] / name)
     content = [json.loads((directory / name / "evaluation.json").read_text()) for directory in both]
     assert [evaluation["processes"] for evaluation in content] == [1, 2]
     assert content[0]["metrics"] == content[1]["metrics"]
     if name == "exact":
+        assert "of process 1" not in content[0]["warnings"] and "of process 1" in content[1]["warnings"], "whichever process is warned, it is written down"
         values = [metric["value"] for metric in content[0]["metrics"].values()]
         assert list(content[0]["metrics"]) == [*PLAIN, "apgd", "aa"] and min(values) < values[0] - 20, "attacks that find something"
 
@@ -177,15 +184,15 @@ def test_adversarial_images_of_other_images_are_noticed(both):
     assert not same(both[0] / "exact", both[1] / "disordered")
 
 
-def test_survivors_are_dealt_out_anew_before_every_attack(both):
-    dealt = [json.loads((both[1] / f"dealt{rank}.json").read_text())[:len(STEPS)] for rank in (0, 1)]
+def test_survivors_are_dealt_out_anew_before_every_batch(both):
+    dealt = [[tuple(call) for call in json.loads((both[1] / f"dealt{rank}.json").read_text())] for rank in (0, 1)]
     standing = torch.load(both[1] / "exact" / "autoattack.pth", weights_only=True)["standing"]
-    before = [standing[name] for name in ("clean", *attacks.AUTOATTACK[:-1])]
-    counts = [[-(-int(verdict.sum()) // 2), int(verdict.sum()) // 2] for verdict in before]
-    assert [list(pair) for pair in zip(*dealt)] == [[[name, first], [name, second]] for name, (first, second) in zip(STEPS, counts)]
+    before = dict(zip(STEPS, (standing[name].nonzero().squeeze(1) for name in ("clean", *attacks.AUTOATTACK[:-1]))))
+    batches = [(name, len(batch)) for name, which in before.items() for batch in which.split(2 * BATCH)]
+    assert dealt[0][:len(batches)] == [(name, -(-n // 2)) for name, n in batches]
+    assert dealt[1][:len(batches)] == [(name, n // 2) for name, n in batches]
     half = -(-N // 2)
-    assert any([int(verdict[:half].sum()), int(verdict[half:].sum())] != count for verdict, count in zip(before, counts)), (
-        "where each had kept its first images, it would show")
+    assert any(int((which < half).sum()) != -(-len(which) // 2) for which in before.values()), "where each had kept its first images, it would show"
 
 
 def test_autoattack_of_two_processes_is_about_that_of_one(both):
@@ -207,10 +214,10 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(both, digits_run, tmp_pa
     cause = output.partition("Root Cause")[2]
     assert "rank      : 1" in cause and "exitcode  : -9" in cause, "torchrun names the process that was killed"
     assert not (tmp_path / "killed" / "evaluation.json").exists() and not list((tmp_path / "killed").glob("*.part"))
-    repeated: list[str] = []
-    with exactly(lambda attack, n: repeated.append(attack)):
+    repeated: dict[str, int] = {}
+    with exactly(repeated.__setitem__):
         evaluated(digits_run / "best.pth", tmp_path / "killed")
-    assert repeated == ["fab-t", "square"]
+    assert list(repeated) == ["fab-t", "square"]
     assert same(tmp_path / "killed", both[0] / "exact")
 
 
