@@ -16,6 +16,7 @@ from utils import inside_image, project, soft_labels
 @dataclass
 class Config(engine.Config):
     METHOD = "fgsm-bp"
+    GRAD_NORMS = {"tiny-imagenet": 10.0}  # as FGSM-MEP's published script clips
 
     label_factor: float = 0.6  # the published code's; the paper does not mention it
     alpha: float | None = engine.step_size(1)

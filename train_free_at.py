@@ -15,11 +15,13 @@ from utils import inside_image, project, soft_labels
 class Config(engine.Config):
     METHOD = "free-at"
 
-    replays: int = engine.flag(8, "how often each batch is used in a row, the paper's m (ImageNet: 4)", at_least=1)
+    replays: int | None = engine.flag(None, "how often each batch is used in a row, the paper's m (default: 8, imagenet 4)", at_least=1)
     divide_epochs: bool = engine.flag(False, "train for epochs / m, rounded up, as Free-AT's authors do; the papers' tables do not divide")
 
     def complete(self) -> None:
         super().complete()
+        if self.replays is None:
+            self.replays = 4 if self.dataset == "imagenet" else 8
         if self.divide_epochs and self.replays > 0:
             self.epochs, self.divide_epochs = -(-self.epochs // self.replays), False
 

@@ -17,7 +17,13 @@ class Config(engine.Config):
     METHOD = "n-fgsm"
 
     alpha: float | None = engine.step_size(1)
-    k: float = engine.flag(2.0, "the noise is uniform in k balls (CIFAR-10; 3 for SVHN at 12, 4 for WideResNet-28-10 at 16, 1 for ImageNet)", at_least=0)
+    k: float | None = engine.flag(None, "the noise is uniform in k balls (default: 2, imagenet 1; published too are 3 for SVHN at 12, 4 for WideResNet-28-10 at 16)",
+                                  at_least=0)
+
+    def complete(self) -> None:
+        super().complete()
+        if self.k is None:
+            self.k = 1.0 if self.dataset == "imagenet" else 2.0
 
 
 def perturb(model, x, target, eta, alpha):

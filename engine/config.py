@@ -22,15 +22,15 @@ RECIPES: dict[str, dict[str, Any]] = {
                    epsilon=51.0, val_size=137),
     "cifar10": dict(arch="resnet18", epochs=110, batch_size=128, lr=0.1, lr_schedule="multistep", weight_decay=5e-4,
                     epsilon=8.0, val_size=1000),
-    "svhn": dict(arch="preactresnet18", epochs=30, batch_size=128, lr=0.05, lr_schedule="cyclic", cyclic_lr=0.05, weight_decay=5e-4,
+    "svhn": dict(arch="preactresnet18c", epochs=30, batch_size=128, lr=0.05, lr_schedule="cyclic", cyclic_lr=0.05, weight_decay=5e-4,
                  epsilon=8.0, val_size=1000),
     "imagenet": dict(arch="resnet50", epochs=90, batch_size=256, lr=0.1, lr_schedule="multistep", decays=(1 / 3, 2 / 3), weight_decay=5e-4,
                      epsilon=4.0, val_size=5000, image_size=224),
 }
 RECIPES["cifar100"] = RECIPES["gtsrb"] = RECIPES["cifar10"]
 RECIPES["tiny-imagenet"] = RECIPES["cifar10"] | dict(arch="preactresnet18")
-"""Per data set: the papers' recipe (FGSM-SDI, section IV-A), and our own for digits. SVHN's rate is that of GradAlign and
-N-FGSM, which also let the radius grow over the first five epochs. LAS-AT has results on GTSRB without saying how."""
+"""Per data set: the papers' recipe (FGSM-SDI, section IV-A), and our own for digits. SVHN's network is GradAlign's, its
+rate N-FGSM's too, both of which also let the perturbation grow over the first five epochs. LAS-AT has results on GTSRB without saying how."""
 
 
 def flag(default: Any, text: str, **extra: Any) -> Any:
@@ -89,7 +89,8 @@ class Config:
     cyclic_top: float = flag(0.5, "the part of the run at which cyclic has its peak (GradAlign's own code: 0.4)")
     cycle_momentum: bool = flag(True, "let a schedule that moves the momentum do so (the papers' scripts do)")
     weight_decay: float | None = by_dataset("on all parameters", at_least=0)
-    max_grad_norm: float | None = flag(None, "largest L2 norm of the classifier's gradient, a longer one is scaled down; default: none, or what the method's code has", at_least=0)
+    max_grad_norm: float | None = flag(None, "largest L2 norm of the classifier's gradient, a longer one is scaled down; 0: none "
+                                       "(default: none, or what the method's code has)", at_least=0)
     epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths", at_least=0)
     label_factor: float = flag(1.0, "probability kept on the true class, the rest is spread evenly over the others")
     ema: float = flag(0.0, "decay of a weight average that is evaluated beside the weights (FastAT Benchmark: 0.9995); 0: none")
@@ -125,6 +126,7 @@ class Config:
 
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
     DECAYS: ClassVar[tuple[float, ...]] = (100 / 110, 105 / 110)  # multistep's, as parts of the run
+    GRAD_NORMS: ClassVar[dict[str, float]] = {}  # --max-grad-norm by data set, where the method's code clips
     METHOD: ClassVar[str] = ""
     SAME_SIZES: ClassVar[bool] = True  # whether its attack passes whole batches through the network
     COMPILES: ClassVar[bool] = True  # whether the network bears it; the step is recorded all the same
@@ -148,6 +150,8 @@ class Config:
         for field in fields:
             if getattr(self, field.name) is None and (multiple := field.metadata.get("times_epsilon")):
                 setattr(self, field.name, multiple * self.epsilon)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = self.GRAD_NORMS.get(self.dataset)
         if self.out_dir is None:
             self.out_dir = f"output/{self.METHOD or 'run'}-{self.dataset}-seed{self.seed}"
 

@@ -79,8 +79,8 @@ FAMILIES = {
 FAMILIES["preactresnest18"] = FAMILIES["preactresnet18"]  # so misspelt in all of jiaxiaojunQAQ's scripts
 """Names that the published scripts use for several networks; the file then decides which."""
 
-TWINS = {"preactresnet18": "preactresnet18a", "wideresnet34-20": "wideresnet34-10"}
-"""Names that at equal width build the same network as another name: never two candidates."""
+TWINS = {"preactresnet18": "preactresnet18a", "preactresnet18-gap": "preactresnet18a", "wideresnet34-20": "wideresnet34-10"}
+"""Names that at equal width, and with the same last layer, build the same network as another name: never two candidates."""
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ class Run:
 
         Args:
             logits: (B, classes), of which the training accuracy in the log is taken.
-            max_norm: the gradient's largest L2 norm over all parameters, to which it is scaled down; the classifier's is --max-grad-norm where not given.
+            max_norm: the gradient's largest L2 norm over all parameters, to which it is scaled down, 0 for none; the classifier's is --max-grad-norm where not given.
             leaf: a tensor, the perturbed images say, in whose `.grad` the same backward pass leaves its gradient.
 
         Raises:
@@ -314,7 +314,7 @@ class Run:
         self.averaged([*gradients, value])
         if main and max_norm is None:
             max_norm = self.cfg.max_grad_norm
-        if max_norm is not None:
+        if max_norm:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         with self._finite.admitting(value, parameters, optimizer, step=self._rates.at if self._captures else self._position.step) as made:
             if main and self._inside and self._captures:

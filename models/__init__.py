@@ -24,6 +24,7 @@ _NETWORKS = {
     "preactresnet18b": (PreActResNet, {"raw_shortcut": True, "final_bn": True}),
     "preactresnet18c": (PreActResNet, {"raw_shortcut": True}),
     "preactresnet18d": (PreActResNet, {"final_bn": True}),
+    "preactresnet18-gap": (PreActResNet, {"pool_globally": True}),
     "preactresnet34": (PreActResNet, {"blocks": (3, 4, 6, 3), "raw_shortcut": True}),
     "resnet50": (ResNet50, {}),
     "wideresnet28-10": (WideResNet, {"depth": 28}),
@@ -56,8 +57,8 @@ def build(
         normalise: (mean, std) per channel, or None for the identity. Either way they are in the state_dict as
             `normalize.mean` and `normalize.std`; published files lack them.
         image_size: side of the training images. For ResNets only 64 makes a difference: pre-activation and wide
-            ones then have the published Tiny ImageNet head. The others pool globally, whatever the size. A CNN
-            takes images of this size alone.
+            ones then have the published Tiny ImageNet head. The others, and preactresnet18-gap, pool globally,
+            whatever the size. A CNN takes images of this size alone.
 
     Raises:
         ValueError: an unknown name, a count that is not positive, or a normalisation that does not fit.

@@ -9,7 +9,8 @@ The field's files differ in two places, and the names of the parameters show onl
     d         relu(bn1(x))                   yes                                robust_overfitting, AWP
 
 So a file of variant a fits c, and b fits d, and the accuracy alone tells which it is. With 18 layers all four
-are published, with 34 layers only c: VFSAT's network for Tiny ImageNet.
+are published, with 34 layers only c: VFSAT's network for Tiny ImageNet. There the FastAT Benchmark has variant a
+with global pooling, preactresnet18-gap.
 """
 
 import torch.nn.functional as F
@@ -46,8 +47,8 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
-    The pooling is global, which at 32x32 is the published `avg_pool2d(4)`, save at `image_size` 64: there the
-    published Tiny ImageNet network keeps that window, so that the last layer sees 2 x 2 positions.
+    The pooling is global, which at 32x32 is the published `avg_pool2d(4)`, save at `image_size` 64: there
+    FGSM-SDI's Tiny ImageNet network keeps that window, so that the last layer sees 2 x 2 positions.
 
     Args:
         normalize: the first layer.
@@ -58,6 +59,7 @@ class PreActResNet(nn.Module):
         image_size: side of the training images.
         raw_shortcut: feed projection shortcuts with the block's input instead of its first activation.
         final_bn: normalise and rectify once more before the pooling.
+        pool_globally: at `image_size` 64 too.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class PreActResNet(nn.Module):
         image_size: int = 32,
         raw_shortcut: bool = False,
         final_bn: bool = False,
+        pool_globally: bool = False,
     ):
         super().__init__()
         self.features = width
         self.raw_shortcut = raw_shortcut
-        self.grid = 2 if image_size == 64 else 1
+        self.grid = 2 if image_size == 64 and not pool_globally else 1
         self.normalize = normalize
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.layer1 = self._stage(blocks[0], width, stride=1)

@@ -58,7 +58,7 @@ def test_every_set_has_a_recipe_and_statistics():
 
 
 @pytest.mark.parametrize("dataset, expected", [
-    ("svhn", dict(arch="preactresnet18", epochs=30, lr=0.05, lr_schedule="cyclic", epsilon=8, val_size=1000)),
+    ("svhn", dict(arch="preactresnet18c", epochs=30, lr=0.05, lr_schedule="cyclic", epsilon=8, val_size=1000)),
     ("gtsrb", dict(arch="resnet18", epochs=110, lr=0.1, lr_schedule="multistep", epsilon=8)),
     ("tiny-imagenet", dict(arch="preactresnet18", epochs=110, batch_size=128, lr=0.1, epsilon=8, image_size=None)),
     ("imagenet", dict(arch="resnet50", epochs=90, batch_size=256, lr=0.1, epsilon=4, val_size=5000, image_size=224)),

@@ -299,6 +299,14 @@ def test_no_leaf_gets_no_gradient(tmp_path):
         assert noisy.grad is None
 
 
+def test_a_largest_norm_of_zero_is_none(tmp_path):
+    runs = [engine.Run(configuration(tmp_path / str(most), epochs=1, max_grad_norm=most)) for most in (0.0, None)]
+    for (x, y, _), _ in zip(*(run.batches() for run in runs)):
+        for run in runs:
+            learn(run, x, y)
+        assert all(torch.equal(*pair) for pair in zip(*(run.network.parameters() for run in runs)))
+
+
 @pytest.mark.parametrize("by", ["flag", "argument"])
 @pytest.mark.parametrize("most", [0.05, 1e6])
 def test_clipping_is_torchs(most, by, tmp_path):

@@ -288,6 +288,21 @@ def test_a_full_size_wide_resnet_of_trades(tmp_path):
     assert models.parameter_count(net) == 48_262_586
 
 
+def test_tiny_imagenets_two_last_layers_are_told_apart(tmp_path):
+    """FGSM-SDI's sees 2 x 2 positions, the FastAT Benchmark's all of them pooled; either name of the latter's network builds the same."""
+    torch.manual_seed(0)
+    theirs, ours = (models.build(arch, classes=200, width=4, image_size=64).eval() for arch in ("preactresnet18-gap", "preactresnet18a"))
+    path = saved(tmp_path / "best.pth", bare(theirs))
+    found = foreign.candidates(foreign.unwrap(foreign.read(path))[0])
+    assert tuple(dict.fromkeys(candidate.arch for candidate in found)) == AC
+    x = images(size=64)
+    for name in ("preactresnet18a", "preactresnet18-gap"):
+        with torch.no_grad():
+            assert torch.equal(foreign.load(path, model=name, normalise="none")[0](x), theirs(x))
+    with pytest.raises(Misuse, match="not those of preactresnet18-gap"):
+        foreign.load(saved(tmp_path / "sdi.pth", bare(ours)), model="preactresnet18-gap")
+
+
 def test_never_called_block_is_left_out_when_the_plain_network_is_asked_for(tmp_path):
     path = saved(tmp_path / "trades.pt", weights(NARROW))
     net, report = foreign.load(path, model="wideresnet34-10", normalise="none")
@@ -366,6 +381,7 @@ def test_best_and_last(tmp_path):
     ("resnet18-nuat", {"width": 4}, None),
     ("resnet8", {"channels": 1, "image_size": 8}, ((0.3054,), (0.3760,))),
     ("wideresnet34-20", {"width": 1}, None),
+    ("preactresnet18-gap", {"width": 4, "classes": 200, "image_size": 64}, None),
     ("preactresnet34", {"width": 4, "classes": 200, "image_size": 64}, None),
     ("resnet50", {"width": 8, "channels": 1, "classes": 20}, None),
     ("cnn1", {"channels": 1, "image_size": 8}, ((0.3054,), (0.3760,))),

@@ -119,6 +119,7 @@ def tiny(name, **options):
         ("preactresnet18d", {}, 11_172_170),
         ("preactresnet18", {"classes": 200, "image_size": 64}, 11_575_816),
         ("preactresnet18", {"classes": 200, "image_size": 32}, 11_268_616),
+        ("preactresnet18-gap", {"classes": 200, "image_size": 64}, 11_268_616),
         ("preactresnet34", {}, 21_279_306),
         ("preactresnet34", {"classes": 200, "image_size": 64}, 21_683_976),
         ("resnet50", {"classes": 1000}, 25_557_032),
@@ -256,6 +257,18 @@ def test_every_parameter_learns(name):
         assert not parameter.requires_grad or parameter.grad.any(), key
 
 
+def test_the_benchmarks_network_is_variant_a_with_global_pooling():
+    """Its last pooling has a window of eight positions, all that a Tiny ImageNet image leaves."""
+    network, windowed, small = tiny("preactresnet18-gap", image_size=64), tiny("preactresnet18a", image_size=64), tiny("preactresnet18a")
+    small.load_state_dict(network.state_dict())
+    seen = {}
+    network.layer4.register_forward_hook(lambda *passed: seen.update(map=passed[2]))
+    logits = network.eval()(images(64))
+    assert seen["map"].shape[-2:] == (8, 8) and network.linear.in_features == windowed.linear.in_features / 4
+    assert torch.equal(logits, small.eval()(images(64)))
+    torch.testing.assert_close(logits, network.linear(seen["map"].mean((2, 3))))
+
+
 def test_resnet8_has_eight_weighted_layers():
     network = models.build("resnet8", channels=1)
     layers = [key for key, tensor in weights(network).items() if tensor.dim() > 1 and "shortcut" not in key]
@@ -304,7 +317,7 @@ def test_forward_never_reads_the_device():
 
 
 # But for a depth.
-SAME_AT_THIS_WIDTH = {"preactresnet18", "preactresnet34", "wideresnet34-20", "wideresnet70-16"}
+SAME_AT_THIS_WIDTH = {"preactresnet18", "preactresnet18-gap", "preactresnet34", "wideresnet34-20", "wideresnet70-16"}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -94,6 +94,14 @@ def test_a_rows_own_settings():
     assert twice == [pytest.approx((0.6 * 0.6 + 0.4 / classes, 0.6 + 0.4 / classes)) for classes in (10, 100, 200)], "smoothed twice, and once"
     assert [config("FastAT", name, "N-FGSM").val_size for name in ("cifar10", "cifar100", "tiny-imagenet")] == [1000, 1000, 2000]
     assert [(config("FastAT", None, method).attack_bn, config("FastAT", None, method).ema) for method in ("PGD-AT", "PGD-AT-WA")] == [("eval", 0), ("eval", 0.9995)]
+    assert [config("FastAT", name, "N-FGSM").arch for name in ("cifar10", "cifar100", "tiny-imagenet")] == ["resnet18", "resnet18", "preactresnet18-gap"]
+    assert [config("FastAT", name, "FGSM-PGI").max_grad_norm for name in ("cifar100", "tiny-imagenet")] == [None, 0], "not clipped, as FGSM-PGI's own is"
+    assert [config("PGI", "tiny-imagenet", f"FGSM-{name}").max_grad_norm for name in ("BP", "EP", "MEP")] == [10] * 3
+    own = [config(*where) for where in (("LAS-1b", None, "AWP", "train steps=10 train eps=8"), ("LAS-1b", None, "LAS-AWP"), ("LAS-2", None, "LAS-AWP"),
+                                        ("LAS-5", "cifar10", "LAS-AWP"))]
+    assert {(cfg.normalise, cfg.padding, cfg.epochs) for cfg in own} == {("dataset", "reflect", 200)}
+    others = [config(*where, "LAS-AWP") for where in (("LAS-3", None), ("LAS-4", None), ("LAS-5", "cifar100"))]
+    assert {(cfg.normalise, cfg.padding, cfg.epochs) for cfg in others} == {("none", "zero", 200)}, "normalised on CIFAR-10 alone"
     awp = config("LAS-1b", None, "AWP", "train steps=10 train eps=8", "small")
     assert (awp.epochs, list(awp.decays)) == (10, [0.5, 0.75])
 

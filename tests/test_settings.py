@@ -7,12 +7,15 @@ import pytest
 import torch
 
 import engine
+import train_fgsm_bp
+import train_fgsm_ep
 import train_fgsm_ga
 import train_fgsm_mep
 import train_free_at
 import train_gat
 import train_las_at
 import train_lbgat
+import train_n_fgsm
 import train_nuat
 import train_vfsat
 
@@ -75,7 +78,14 @@ def test_vfsats_radii_at_16():
 def test_imagenets_and_svhns_recipes():
     imagenet, svhn = (train_free_at.Config(dataset=name) for name in ("imagenet", "svhn"))
     assert (imagenet.arch, imagenet.epochs, imagenet.batch_size, imagenet.lr, imagenet.weight_decay, imagenet.epsilon) == ("resnet50", 90, 256, 0.1, 5e-4, 4)
-    assert (svhn.arch, svhn.epochs, svhn.lr_schedule, svhn.lr) == ("preactresnet18", 30, "cyclic", 0.05)
+    assert (svhn.arch, svhn.epochs, svhn.lr_schedule, svhn.lr) == ("preactresnet18c", 30, "cyclic", 0.05)
+    assert (imagenet.replays, svhn.replays) == (4, 8) and train_free_at.Config(dataset="imagenet", divide_epochs=True).epochs == 23
+    assert train_free_at.Config(dataset="imagenet", replays=3).replays == 3
+
+
+@pytest.mark.parametrize("dataset, k", [("imagenet", 1), ("cifar100", 2), ("svhn", 2)])
+def test_n_fgsms_noise(dataset, k):
+    assert train_n_fgsm.Config(dataset=dataset).k == k and train_n_fgsm.Config(dataset=dataset, k=4.0).k == 4
 
 
 class Stub:
@@ -124,10 +134,12 @@ def test_grad_aligns_weight_on_svhn(epsilon, expected):
     assert train_fgsm_ga.Config(dataset="svhn", epsilon=epsilon).ga_lambda == pytest.approx(expected, abs=6e-4)
 
 
-@pytest.mark.parametrize("kind, flags", [(train_las_at, dict(base=base)) for base in ("pgd", "trades", "awp")] + [(train_fgsm_mep, {})])
+@pytest.mark.parametrize("kind, flags", [(train_las_at, dict(base=base)) for base in ("pgd", "trades", "awp")] + [
+    (train_fgsm_mep, {}), (train_fgsm_ep, {}), (train_fgsm_bp, {})])
 def test_gradients_are_clipped_on_tiny_imagenet(kind, flags):
     assert kind.Config(dataset="tiny-imagenet", **flags).max_grad_norm == 10 and kind.Config(dataset="cifar100", **flags).max_grad_norm is None
     assert kind.Config(dataset="tiny-imagenet", max_grad_norm=3.0, **flags).max_grad_norm == 3
+    assert kind.Config(dataset="tiny-imagenet", max_grad_norm=0.0, **flags).max_grad_norm == 0
 
 
 @pytest.mark.parametrize("arch, width, expected", [
