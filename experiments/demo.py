@@ -105,16 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     seeds = [int(seed) for seed in numbers("seeds", args.seeds)] if args.seeds else demo.seeds
     jobs = [job(demo, label, seed, output, results) for seed in seeds for label in labels]
     print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
-    failures = do_all(jobs, Path(args.data_dir), [args.device] * args.jobs)
+    failed, unfinished = do_all(jobs, Path(args.data_dir), [args.device] * args.jobs)
     minutes = (time.perf_counter() - began) / 60
     runs = show.read(results)
     if runs:
-        print("\n" + show.table(runs, markdown=False))
+        print("\n" + show.table(runs, markdown=False) + f"\n\n{show.legend(runs)}".rstrip())
         (show.curves if len(runs) < 8 else show.panels)(runs, results / "curves")
         print(f"\nfigure: {results}/curves.png; results: {results}/*.json")
     print(f"{minutes:.1f} minutes on {os.cpu_count()} cores")
-    if failures:
-        raise Failure("; ".join(failures))
+    if failed or unfinished:
+        raise Failure("; ".join([*failed, *unfinished]))
 
 
 if __name__ == "__main__":

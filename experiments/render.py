@@ -70,14 +70,12 @@ def demo(*names: str) -> str:
     seeds = sorted({len(several) for several in runs.values()})
     spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
     count = (f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}") + (" seeds" if seeds[-1] > 1 else " seed")
-    without = sum(not fact["card"] for fact in facts)
     on = {key: sorted({fact[key] for fact in facts}) for key in ("precision", "torch")} | {
         key: sorted(set().union(*(fact[key] for fact in facts))) for key in ("devices", "commits")}
     return (f"{show.table(runs, markdown=True)}\n\n"
             f"Accuracy in percent on {facts[0]['n']} test images at epsilon {facts[0]['epsilon']:g}/255, {facts[0]['epochs']} epochs, "
             f"{count}, {spread}; {' and '.join(on['devices'])}, {' and '.join(on['precision'])}, torch {' and '.join(on['torch'])}, "
-            f"commit{'s' if len(on['commits']) > 1 else ''} {', '.join(on['commits'])}."
-            + {0: "", len(facts): " Evaluated before there were claim cards."}.get(without, f" {without} of the {len(facts)} runs were evaluated before there were claim cards."))
+            f"commit{'s' if len(on['commits']) > 1 else ''} {', '.join(on['commits'])}. {show.legend(runs)}".rstrip())
 
 
 def gaps(name: str) -> str:

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,54 @@ import torch
 from engine import distributed, record
 from engine.checkpoint import MAY_CHANGE
 from engine.config import spelled
-from engine.errors import Misuse
+from engine.errors import Failure, Misuse
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Shift:
+    """How long processes may run: for so many minutes, and inside `with` until SIGTERM or an error comes. What still runs then is sent SIGTERM.
+
+    A training saves itself when it is, and AutoAttack has; the next call goes on with both.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.over = False
+        self._running: set[subprocess.Popen] = set()
+
+    def __enter__(self) -> Shift:
+        self._before = signal.signal(signal.SIGTERM, self.end)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            self.end()
+        signal.signal(signal.SIGTERM, self._before)
+
+    def end(self, *_: Any) -> None:
+        """Also a signal's handler."""
+        self.over = True
+        for process in tuple(self._running):
+            process.terminate()
+
+    def left(self) -> float:
+        """Seconds."""
+        return 0.0 if self.over else max(0.0, self.deadline - time.monotonic())
+
+    def run(self, command: Sequence[str], grace: float = 0.0, **more: Any) -> int:
+        """A process's status. `grace`: seconds after the time, for one that knows the time and ends by itself."""
+        process = subprocess.Popen(command, **more)
+        self._running.add(process)
+        if self.over:  # since before it was one of those that are running
+            process.terminate()
+        try:
+            return process.wait(None if self.deadline == math.inf else self.left() + grace)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.wait()
+        finally:
+            self._running.remove(process)
 
 
 @dataclass(frozen=True)
@@ -53,6 +99,10 @@ class Job:
     result: Path
     suffix: str = ""
 
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
     def is_done(self) -> bool:
         """Whether its JSON has all that is to be measured.
 
@@ -73,17 +123,21 @@ class Job:
         now = dataclasses.asdict(importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags))
         return {name: (config[name], now[name]) for name in now if name in config and name not in MAY_CHANGE and config[name] != now[name]}
 
-    def do(self, data_dir: Path, device: str, deadline: float = math.inf) -> str | None:
-        """Does what is missing until the clock (time.monotonic) shows `deadline`; returns why it is not finished, or None."""
+    def do(self, data_dir: Path, device: str, shift: Shift) -> str | None:
+        """Does what is missing, as long as the shift lasts; returns what it had no time for, or None.
+
+        Raises:
+            Failure: a script failed.
+        """
         if self.is_done():
             return None
         shared = ("--data-dir", str(data_dir), "--device", device, "--out-dir")
-        left = () if deadline == math.inf else ("--time-limit", f"{max(deadline - time.monotonic(), 0) / 60:.2f}")
+        left = () if shift.deadline == math.inf else ("--time-limit", f"{shift.left() / 60:.2f}")
         finished = self.folder / "result.json"
-        said = self._step("training", (*self.train, *shared, str(self.folder), *left), finished.is_file, deadline + 60)
+        said = self._step("training", (*self.train, *shared, str(self.folder), *left), finished.is_file, shift, grace=60)
         for name in self._distinct() if said is None else ():
             command = ("test_FGSM_SDI.py", "--model-path", str(self.folder / f"{name}.pth"), *self.evaluation, *shared, str(self._evaluated(name)))
-            said = said or self._step(f"evaluation of {name}.pth", command, partial(self._is_of, name), deadline)
+            said = said or self._step(f"evaluation of {name}.pth", command, partial(self._is_of, name), shift)
         if said is None:
             self._collect()
         return said
@@ -105,29 +159,24 @@ class Job:
         same = len(self.checkpoints) == 2 and (best["epoch"], best["weights"]) == (last["epoch"], last["weights"])
         return ("best",) if same else self.checkpoints
 
-    def _step(self, what: str, command: tuple[str, ...], is_done: Callable[[], bool], deadline: float) -> str | None:
+    def _step(self, what: str, command: tuple[str, ...], is_done: Callable[[], bool], shift: Shift, grace: float = 0.0) -> str | None:
         """Runs a command, unless its work is done."""
         if is_done():
             return None
-        name, began = f"{self.label}, seed {self.seed}", time.monotonic()
-        if began > deadline - 1:
-            return f"{name}: no time left for the {what}"
+        if shift.left() < 1:
+            return f"no time left for the {what}"
+        began = time.monotonic()
         output = self.folder / "output.log"
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as log:
-            process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=log, stderr=subprocess.STDOUT,
-                                       env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
-            try:
-                process.wait(None if deadline == math.inf else deadline - began)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
+            status = shift.run([sys.executable, str(ROOT / command[0]), *command[1:]], grace, stdout=log, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
         if is_done():
-            print(f"  {name}: {what} done in {time.monotonic() - began:.0f} s", flush=True)
+            print(f"  {self.name}: {what} done in {time.monotonic() - began:.0f} s", flush=True)
             return None
-        if process.returncode in (0, -15):
-            return f"{name}: the {what} is not finished, the same command goes on with it"
-        return f"{name}: {' '.join(command)} ended with status {process.returncode}; see {output}"
+        if status in (0, -signal.SIGTERM) and (shift.over or shift.deadline < math.inf):
+            return f"the {what} is not finished, the same command goes on with it"
+        raise Failure(f"{' '.join(command)} ended with status {status}; see {output}")
 
     def _collect(self) -> None:
         """One small JSON of everything that was measured, evaluations of other checkpoints that it held before among them."""
@@ -139,27 +188,30 @@ class Job:
                            "evaluations": before | {name: found.get(name, found.get("best")) for name in self.checkpoints}}, self.result)
 
 
-def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes: float | None = None) -> list[str]:
-    """Does the jobs, as many at a time as there are `devices`, for at most so many minutes; returns what is not finished, and why.
+def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes: float | None = None) -> tuple[list[str], list[str]]:
+    """Does the jobs, as many at a time as there are `devices`, for at most so many minutes; returns what failed, and what wants only time.
 
-    A device may stand there several times, for as many processes.
+    A device may stand there several times, for as many processes. SIGTERM ends them as the time does.
     """
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    failed: list[str] = []
+    unfinished: list[str] = []
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
         free.put(device)
 
-    def do(job: Job) -> str | None:
+    def do(job: Job) -> None:
         device = free.get()
         try:
-            return job.do(data_dir, device, deadline)
-        except (Misuse, OSError, KeyError) as error:  # a file of its own that is damaged, or cannot be written
-            return f"{job.label}, seed {job.seed}: {error}"
+            if said := job.do(data_dir, device, shift):
+                unfinished.append(f"{job.name}: {said}")
+        except (Failure, Misuse, OSError, KeyError) as error:  # a script, or a file of its own that is damaged or cannot be written
+            failed.append(f"{job.name}: {error}")
         finally:
             free.put(device)
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        return [said for said in pool.map(do, jobs) if said]
+    with ThreadPoolExecutor(len(devices)) as pool, Shift(minutes) as shift:
+        list(pool.map(do, jobs))
+    return failed, unfinished
 
 
 def all_devices() -> list[str]:

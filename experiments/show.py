@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import record
-from engine.card import mark
+from engine.card import MARK, mark
 
 HEADINGS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50", "cw": "C&W", "apgd": "APGD", "aa": "AA"}
 # Okabe & Ito's palette, which colour-blind readers can tell apart; a line style each besides.
@@ -57,9 +57,19 @@ def grid(heading: list[str], rows: list[list[str]], markdown: bool) -> str:
 
 
 def doubt(several: list[dict[str, Any]], checkpoint: str) -> str:
-    """The mark of a number that its claim card does not stand behind; evaluations that are older than the cards have none to ask."""
-    evaluations = [run["evaluations"][checkpoint] for run in several]
-    return next(filter(None, (mark(e) for e in evaluations if "card" in e)), "")
+    """The mark of a number of which one seed at least has no claim card that stands behind it."""
+    return next(filter(None, (mark(run["evaluations"][checkpoint]) for run in several)), "")
+
+
+def legend(runs: Runs) -> str:
+    """What the mark says in a table of these runs; nothing where there is none."""
+    found = [(label, [*run["evaluations"].values()]) for label, several in runs.items() for run in several]
+    failed = dict.fromkeys(label for label, evaluations in found if any("card" in e and mark(e) for e in evaluations))
+    without = sum(any("card" not in e for e in evaluations) for _, evaluations in found)
+    said = f" Claim card not passed: {'; '.join(failed)}." if failed else ""
+    if without:
+        said += f" No claim card, evaluated before there were any: {'all' if without == len(found) else f'{without} of the'} {len(found)} runs."
+    return f"{MARK}: at least one evaluation of the row is not trusted.{said}" if said else ""
 
 
 def cell(metrics: list[dict[str, Any]]) -> str:
@@ -70,10 +80,10 @@ def cell(metrics: list[dict[str, Any]]) -> str:
 
 
 def facts(result: dict[str, Any]) -> dict[str, Any]:
-    """What a caption needs to say of a run: n, radius, machines, versions, commits, whether its evaluations have claim cards."""
+    """What a caption needs to say of a run: n, radius, machines, versions, commits."""
     run, evaluations = result["run"], list(result["evaluations"].values())
     return {"n": evaluations[0]["n"], "epsilon": evaluations[0]["epsilon"], "epochs": run["config"]["epochs"], "precision": run["precision"],
-            "torch": run["versions"]["torch"], "devices": devices(result), "commits": commits(result), "card": all("card" in evaluation for evaluation in evaluations)}
+            "torch": run["versions"]["torch"], "devices": devices(result), "commits": commits(result)}
 
 
 def parts(result: dict[str, Any]) -> tuple[dict[str, Any], ...]:

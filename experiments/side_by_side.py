@@ -19,10 +19,11 @@ SEEDS = range(100)  # as many as a table is ever looked up for
 
 @dataclass
 class Cell:
-    """One accuracy in percent: ours over seeds, and the published one."""
+    """One accuracy in percent: ours over seeds, and the published one. intervals: ours, 95 %, low and high."""
 
     values: list[float] = field(default_factory=list)
     published: float | None = None
+    intervals: list[list[float]] = field(default_factory=list)
 
     @property
     def mean(self) -> float | None:
@@ -32,6 +33,11 @@ class Cell:
     def spread(self) -> float | None:
         """The standard deviation over seeds."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def error(self) -> float:
+        """Half of the mean's 95 % interval. Seeds do not make it smaller: they are measured on the same images."""
+        return statistics.mean((high - low) / 2 for low, high in self.intervals) if self.intervals else 0.0
 
 
 @dataclass
@@ -45,6 +51,11 @@ class Line:
     minutes: Cell
     unreliable: list[str]
     dropped: int = 0  # runs of a tree that differs from its commit
+
+    @property
+    def trusted(self) -> bool | None:
+        """Whether every evaluation's claim card stands behind it; None where there is none."""
+        return not any(mark(run["evaluations"][self.checkpoint]) for run in self.runs) if self.runs else None
 
 
 def measured(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[dict[str, Any]], int]:
@@ -69,7 +80,9 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
             published = table.published(row, checkpoint)
             evaluated = [run for run in runs if checkpoint in run["evaluations"]]
             evaluations = [run["evaluations"][checkpoint] for run in evaluated]
-            cells = {column: Cell([e["metrics"][column]["value"] for e in evaluations if column in e["metrics"]], published.get(column)) for column in table.columns}
+            metrics = {column: [e["metrics"][column] for e in evaluations if column in e["metrics"]] for column in table.columns}
+            cells = {column: Cell([metric["value"] for metric in several], published.get(column), [metric["interval"] for metric in several])
+                     for column, several in metrics.items()}
             minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in evaluated], published.get("minutes"))
             doubts = sorted({said for e in evaluations for said in why_not(e)})
             found.append(Line(row, checkpoint, cells, evaluated, minutes, doubts, dropped))
@@ -77,21 +90,23 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
 
 
 def why_not(evaluation: dict[str, Any]) -> list[str]:
-    """Why the numbers of an evaluation are not to be trusted: nothing where its claim card is."""
-    if not mark(evaluation):
-        return []
-    return [said for said in evaluation["warnings"] if not said.startswith("measured on the first")] or ["evaluated without a claim card"]
+    """Why its numbers may be wrong: what its card says, and what else it warns of, trusted or not, as a doubt which network a file holds."""
+    said = [said for said in evaluation["warnings"] if not said.startswith("measured on the first")]
+    return said if "card" in evaluation else [*said, "evaluated without a claim card"]
 
 
 def cell(found: Cell, comparable: bool, tolerance: float) -> str:
-    """Ours, and in brackets the published one and the deviation; "!" after a deviation beyond the tolerance."""
-    ours = "" if found.mean is None else f"{found.mean:.2f}" + (f" ±{found.spread:.2f}" if found.spread is not None else "")
+    """Ours, and in square brackets the published one and the deviation; "!" after one beyond the tolerance and what so many images can tell."""
+    ours = "-"
+    if found.mean is not None:
+        low, high = found.intervals[0]
+        ours = f"{found.mean:.2f} " + (f"({low:.1f} to {high:.1f})" if found.spread is None else f"±{found.spread:.2f}")
     if found.published is None:
-        return ours or "-"
+        return ours
     if found.mean is None or not comparable:
-        return f"{ours or '-'} ({found.published:.2f})"
+        return f"{ours} [{found.published:.2f}]"
     deviation = found.mean - found.published
-    return f"{ours} ({found.published:.2f}, {deviation:+.2f}{'!' if abs(deviation) > tolerance else ''})"
+    return f"{ours} [{found.published:.2f}, {deviation:+.2f}{'!' if abs(deviation) > max(tolerance, found.error) else ''}]"
 
 
 def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: float, only_measured: bool = False) -> str:
@@ -103,13 +118,14 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
         return _csv(table, scale, found)
     comparable = not scale.shrunk
     heading = ["Method", "Checkpoint", *(HEADINGS[column] for column in table.columns), "Minutes"]
-    body = [[line.row.name + ("" if line.row.command else " (not offered)") + (f" {MARK}" if line.unreliable else ""), line.checkpoint,
+    body = [[line.row.name + ("" if line.row.command else " (not offered)") + (f" {MARK}" if line.trusted is False else ""), line.checkpoint,
              *(cell(line.cells[column], comparable, tolerance) for column in table.columns), _minutes(line.minutes)] for line in found]
     title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
     missing = {row.name for row in table.rows} - {line.row.name for line in found}
     left_out = [f"{len(missing)} of {len(table.rows)} rows have not been measured."] if missing else []
     left_out += [f"Not shown: {changed} run{'s' if changed > 1 else ''} of a tree that differed from its commit."] if changed else []
-    notes = [_legend(comparable, tolerance), *_provenance(found), *left_out, *table.notes, *sorted({f"{MARK} {line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
+    notes = [_legend(comparable, tolerance), *(_provenance(found) or [_elsewhere(table, scale, results)]), *left_out, *table.notes,
+             *sorted({f"{'' if line.trusted else MARK + ' '}{line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
     if form == "markdown":
         return "\n".join([f"**{title}**", "", grid(heading, body, markdown=True), "", *(f"- {note}" for note in notes)])
     return "\n".join([title, "", grid(heading, body, markdown=False), "", *notes])
@@ -117,19 +133,20 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
 
 def _minutes(found: Cell) -> str:
     ours = "-" if found.mean is None else f"{found.mean:.1f}"
-    return ours if found.published is None else f"{ours} ({found.published:g})"
+    return ours if found.published is None else f"{ours} [{found.published:g}]"
 
 
 def _legend(comparable: bool, tolerance: float) -> str:
+    ours = "Accuracy in percent: ours (95 % interval of one seed; ± standard deviation over several)"
     if comparable:
-        return f"Accuracy in percent: ours, mean and standard deviation over seeds (published, deviation; ! beyond {tolerance:g} points). -: not measured."
-    return "Accuracy in percent: ours (published). At this scale the two are not of the same thing, and no deviation is given. -: not measured."
+        return f"{ours} [published, deviation; ! beyond {tolerance:g} points and half of the 95 % interval]. -: not measured."
+    return f"{ours} [published]. At this scale the two are not of the same thing, and no deviation is given. -: not measured."
 
 
 def _provenance(found: list[Line]) -> list[str]:
     runs = [run for line in found for run in line.runs]
     if not runs:
-        return ["Nothing of this table has been measured yet."]
+        return []
 
     def each(values: Any) -> str:
         return ", ".join(sorted({str(value) for value in values}))
@@ -142,18 +159,25 @@ def _provenance(found: list[Line]) -> list[str]:
             f"commit {each(set().union(*map(commits, runs)))}."]
 
 
+def _elsewhere(table: Table, scale: Scale, results: Path) -> str:
+    """That a scale has no results, and which have."""
+    others = [name for name, other in tables.SCALES.items() if any(measured(table, row, other, results)[0] for row in table.rows)]
+    return f"Nothing of this table has been measured {f'at scale {scale.name}: show --scale ' + ' or '.join(others) + ' has results' if others else 'yet'}."
+
+
 def _csv(table: Table, scale: Scale, found: list[Line]) -> str:
     """One line per row, checkpoint and column."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["paper", "table", "dataset", "scale", "row", "checkpoint", "column", "ours", "sd", "seeds", "n", "published", "deviation", "minutes", "device", "commit"])
+    writer.writerow(["paper", "table", "dataset", "scale", "row", "checkpoint", "column", "ours", "sd", "seeds", "n", "published", "deviation", "minutes", "device",
+                     "commit", "trusted"])
     for line in found:
         first = line.runs[0] if line.runs else None
         on, at = ("; ".join(sorted(set().union(*map(each, line.runs)))) or None for each in (devices, commits))
         for column, each in line.cells.items():
             deviation = None if None in (each.mean, each.published) or scale.shrunk else round(each.mean - each.published, 4)
             writer.writerow([table.paper, table.number, table.dataset, scale.name, line.row.name, line.checkpoint, column, each.mean, each.spread, len(each.values) or None,
-                             first and first["evaluations"]["best"]["n"], each.published, deviation, line.minutes.mean, on, at])
+                             first and first["evaluations"]["best"]["n"], each.published, deviation, line.minutes.mean, on, at, line.trusted])
     return text.getvalue().rstrip("\n")
 
 

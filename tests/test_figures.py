@@ -48,7 +48,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
                                                        for i, label in enumerate(METHODS)}},
     "strategies": {"n": 9, "options": {"radii": [3, 4], "steps": [1, 2], "step_sizes": [1, 2]},
                    "epochs": [{"epoch": e, "picked": dict.fromkeys(("radii", "steps", "step_sizes"), [0.5, 0.5])} for e in (1, 2)]},
-    "pareto": {"n": 200, "device": "CPU", "column": "aa", "points": {label: [{"seed": 0, "minutes": 2 + i, "value": 40 + i, "interval": [35, 45]}] for i, label in enumerate(METHODS)}},
+    "pareto": {"n": 200, "device": "CPU", "column": "aa", "points": {label: [{"seed": 0, "minutes": 2 + i, "value": 40 + i, "interval": [35, 45], "trusted": True}] for i, label in enumerate(METHODS)}},
 }
 
 
@@ -285,10 +285,11 @@ def test_strategies_are_distributions_over_what_there_was_to_choose(trained: dic
         measure.strategies([trained["fgsm_rs"]], SETTING)
 
 
-def evaluated(label: str, value: float, column: str = "aa", n: int = 200, device: str = "CPU", seed: int = 0, epsilon: float = 8, dataset: str = "digits") -> Trained:
+def evaluated(label: str, value: float, column: str = "aa", n: int = 200, device: str = "CPU", seed: int = 0, epsilon: float = 8, dataset: str = "digits",
+              card: dict[str, Any] | None = None) -> Trained:
     metric = {"value": value, "n": n, "interval": [value - 5, value + 5]}
     run = {"dataset": dataset, "seed": seed, "device": device, "seconds": {"training": 120}, "config": {"epsilon": epsilon}}
-    return Trained(label, Path(), {"run": run, "log": [], "evaluations": {"last": {"device": device, "metrics": {column: metric, "pgd50": metric | {"value": value + 1}}}}})
+    return Trained(label, Path(), {"run": run, "log": [], "evaluations": {"last": ({} if card is None else {"card": card}) | {"device": device, "metrics": {column: metric, "pgd50": metric | {"value": value + 1}}}}})
 
 
 def test_pareto_compares_only_what_can_be_compared(trained: dict[str, Trained]) -> None:
@@ -300,6 +301,25 @@ def test_pareto_compares_only_what_can_be_compared(trained: dict[str, Trained]) 
             measure.pareto([evaluated("A", 40), other], SETTING)
     real = Setting(Path("data"), torch.device("cpu"), "best", 40)
     assert measure.pareto([trained["fgsm_rs"], trained["fgsm_sdi"]], real)["column"] == "pgd50"  # the second was not evaluated
+
+
+def test_pareto_marks_what_no_claim_card_stands_behind() -> None:
+    sound, broken = {"trusted": True}, {"trusted": False}
+    runs = [evaluated("A", 40, card=sound), evaluated("A", 42, seed=1, card=broken), evaluated("B", 45, card=sound), evaluated("C", 99)]
+    found = measure.pareto(runs, SETTING)
+    assert {label: [point["trusted"] for point in points] for label, points in found["points"].items()} == {"A": [True, False], "B": [True], "C": [False]}
+
+    def drawn(points: dict[str, Any]) -> tuple[list[str], str, list[float], list[str]]:
+        figure = draw.pareto({**found, "points": points})
+        axis, legend = figure.axes[0], figure.legends[0]
+        front, = (line.get_ydata() for line in axis.lines if line.get_linestyle() == "--")
+        draw.plt.close(figure)
+        return [text.get_text() for text in legend.get_texts()], legend.get_title().get_text(), list(front), [bars.get_label() for bars in axis.containers if bars[0].get_alpha()]
+
+    assert drawn(found["points"]) == (["A †", "B", "C †"], "†, pale: no claim card stands behind it", [45], ["A †", "C †"])
+    assert drawn({"B": found["points"]["B"]}) == (["B"], "", [45], [])
+    older = {label: [{key: point[key] for key in point if key != "trusted"} for point in points] for label, points in found["points"].items()}
+    assert drawn(older)[::2] == (["A †", "B †", "C †"], []), "a file that does not say is not trusted"
 
 
 def test_grad_cam_is_its_formula(trained: dict[str, Trained]) -> None:

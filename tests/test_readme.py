@@ -153,6 +153,34 @@ def test_a_demos_table_says_which_runs_it_is_of(name: str) -> None:
         assert run["commit"][:10] in caption and run["device"] in caption
 
 
+def test_a_number_without_a_trusted_card_is_marked_in_every_demos_table() -> None:
+    """Also that of an evaluation that is older than the cards, which `engine.card.mark` does not trust either."""
+    for folder in sorted((ROOT / "results").glob("demo-*")):
+        runs = show.read(folder)
+        for line in show.table(runs, markdown=True).splitlines()[2:]:
+            label, checkpoint, *cells = (part.strip() for part in line.strip("|").split("|"))
+            marks = {card.mark(run["evaluations"][checkpoint]) for run in runs[label]}
+            assert {cell.endswith("†") for cell in cells if "(" in cell} == {"†" in marks}, line
+        assert ("†" in show.table(runs, markdown=True)) == bool(show.legend(runs))
+
+
+def test_the_caption_says_what_the_mark_means() -> None:
+    def run(label: str, *cards: bool | None) -> tuple[str, list]:
+        return label, [{"evaluations": {"last": {} if trusted is None else {"card": {"trusted": trusted}}}} for trusted in cards]
+
+    assert show.legend(dict([run("A", True, True), run("B", True)])) == ""
+    assert show.legend(dict([run("A", None, None)])).endswith(" is not trusted. No claim card, evaluated before there were any: all 2 runs.")
+    assert show.legend(dict([run("A", None, True), run("B", True, False), run("C, c", False)])).endswith(
+        " Claim card not passed: B; C, c. No claim card, evaluated before there were any: 1 of the 5 runs.")
+    assert "Claim card not passed: FGSM-AT." in render.demo("digits") and "all 5 runs." in render.demo("cifar")
+
+
+def test_the_image_that_is_wrong_when_clean_and_right_under_attack() -> None:
+    name, clean, fgsm = re.search(r"\(`(results/demo-[^`]+\.json)`: clean ([0-9.]+), FGSM ([0-9.]+)\)", README).groups()
+    metrics = json.loads((ROOT / name).read_text())["evaluations"]["last"]["metrics"]
+    assert float(fgsm) > float(clean) and [f"{metrics[key]['value']:.1f}" for key in ("clean", "fgsm")] == [clean, fgsm]
+
+
 def test_a_table_of_unequal_numbers_of_seeds_has_a_column_of_them() -> None:
     runs = show.read(ROOT / "results" / "demo-digits")
     assert "Seeds" not in show.table(runs, markdown=True)

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from engine.card import MARK
 from experiments import show
 
 COLUMN, PAGE = 3.4, 6.9  # inches: widths of a column and of a page
@@ -236,13 +237,16 @@ def pareto(content: dict[str, Any]) -> Figure:
         x, y = statistics.mean(minutes), statistics.mean(values)
         low, high = seeds[0]["interval"] if len(seeds) == 1 else (min(values), max(values))
         across = {} if len(seeds) == 1 else {"xerr": [[x - min(minutes)], [max(minutes) - x]]}
-        axis.errorbar(x, y, yerr=[[y - low], [high - y]], **across, **look[label] | {"linestyle": "none"}, markersize=5, elinewidth=0.8, capsize=2, label=label)
-        middles.append((x, y))
-    front = [(x, y) for x, y in sorted(middles) if y >= max(other for across, other in middles if across <= x)]
-    axis.plot(*zip(*front), color="#888888", linewidth=0.8, linestyle="--", zorder=0)
+        trusted = all(seed.get("trusted") for seed in seeds)  # an older file does not say, and is not
+        axis.errorbar(x, y, yerr=[[y - low], [high - y]], **across, **look[label] | {"linestyle": "none"}, markersize=5, elinewidth=0.8, capsize=2,
+                      **{"label": label} if trusted else {"label": f"{label} {MARK}", "alpha": 0.35})
+        middles.append((x, y, trusted))
+    sound = sorted((x, y) for x, y, trusted in middles if trusted)
+    front = [(x, y) for x, y in sound if y >= max(other for across, other in sound if across <= x)]
+    axis.plot([x for x, _ in front], [y for _, y in front], color="#888888", linewidth=0.8, linestyle="--", zorder=0)
     attack = {"aa": "AutoAttack", "pgd50": "PGD-50"}[content["column"]]
     axis.set(xlabel="training time (minutes)", ylabel=f"{attack} accuracy (%), n = {content['n']:,}")
-    times = [x for x, _ in middles]
+    times = [x for x, *_ in middles]
     if max(times) > 10 * min(times):
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -251,5 +255,6 @@ def pareto(content: dict[str, Any]) -> Figure:
     else:
         axis.set_xlim(0, None)
     place = dict(loc="outside right upper", ncols=2) if many else dict(loc="outside upper center", ncols=3)
-    figure.legend(*axis.get_legend_handles_labels(), handlelength=1, columnspacing=1.2, **place)
+    said = f"{MARK}, pale: no claim card stands behind it" if len(sound) < len(middles) else None
+    figure.legend(*axis.get_legend_handles_labels(), handlelength=1, columnspacing=1.2, title=said, title_fontsize=7.5, **place)
     return figure

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attacks
 from engine import evaluate
+from engine.card import mark
 from engine.config import numbers
 from engine.data import evaluation_generator, to_images
 from engine.errors import Misuse
@@ -299,15 +300,17 @@ def pareto(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     runs = [run for run in runs if setting.checkpoint in run.content["evaluations"]]
     if not runs:
         raise Misuse(f"figure pareto: no run has an evaluation of {setting.checkpoint}.pth: python reproduce.py run evaluates a table's runs")
-    metrics = {id(run): run.content["evaluations"][setting.checkpoint]["metrics"] for run in runs}
-    column = next((name for name in ("aa", "pgd50") if all(name in found for found in metrics.values())), None)
+    evaluations = [run.content["evaluations"][setting.checkpoint] for run in runs]
+    metrics = [evaluation["metrics"] for evaluation in evaluations]
+    column = next((name for name in ("aa", "pgd50") if all(name in found for found in metrics)), None)
     if column is None:
         raise Misuse("figure pareto: the runs have neither AutoAttack nor PGD-50 in common: choose among them with --rows or --runs")
     one("data set", [run.result["dataset"] for run in runs])
     one("radius", [run.result["config"]["epsilon"] for run in runs])
-    device, n = one("device", ["; ".join(sorted(show.devices(run.content))) for run in runs]), one("the number of images", [found[column]["n"] for found in metrics.values()])
+    device = one("device", ["; ".join(sorted(show.devices(run.content))) for run in runs])
+    n = one("the number of images", [found[column]["n"] for found in metrics])
     points: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        points.setdefault(run.label, []).append(
-            {"seed": run.result["seed"], "minutes": run.result["seconds"]["training"] / 60, **{key: metrics[id(run)][column][key] for key in ("value", "interval")}})
+    for run, evaluation in zip(runs, evaluations):
+        points.setdefault(run.label, []).append({"seed": run.result["seed"], "minutes": run.result["seconds"]["training"] / 60, "trusted": not mark(evaluation),
+                                                 **{key: evaluation["metrics"][column][key] for key in ("value", "interval")}})
     return {"n": n, "device": device, "column": column, "points": points}
