@@ -505,7 +505,7 @@ def test_as_many_runs_at_a_time_as_there_are_devices(monkeypatch, tmp_path):
     together = threading.Barrier(2, timeout=30)
     monkeypatch.setattr(runner.Job, "do", lambda *_: together.wait() and None)
     jobs = [DIGITS.job(ROWS[0], seed, TINY, tmp_path, tmp_path) for seed in range(4)]
-    assert runner.do_all(jobs, tmp_path, ["cuda:0", "cuda:1"]) == []
+    assert runner.do_all(jobs, tmp_path, ["cuda:0", "cuda:1"]) == ([], [])
 
 
 def test_the_fast_path_of_every_table(capsys):
