@@ -498,7 +498,7 @@ def test_a_damaged_data_file_is_refused_wherever_the_damage_is(tmp_path):
         try:
             loaded = data.load("cifar10", tmp_path)
         except Misuse as error:
-            assert "cifar10.npz" in str(error) and "delete" in str(error)
+            assert "cifar10.npz" in str(error) and "move it away" in str(error)
             noticed += 1
         else:  # a date, say
             assert all(np.array_equal(getattr(loaded, name), array) for name, array in np.load(io.BytesIO(sound)).items())
