@@ -73,8 +73,8 @@ def main(args: argparse.Namespace) -> dict:
     out_dir = Path(args.out_dir or path.with_name(path.stem + "-evaluation"))
 
     container = foreign.read(path)
-    ours = {"method", "weights", "state_dict"} <= container.keys()  # another repository's epsilon may be a fraction of 1, and its names are not ours
-    said = {key: value for key, value in container.items() if ours and isinstance(value, (int, float, str))}
+    is_ours = {"method", "weights", "state_dict"} <= container.keys()  # another repository's epsilon may be a fraction of 1, and its names are not ours
+    said = {key: value for key, value in container.items() if is_ours and isinstance(value, (int, float, str))}
     name = args.dataset or said.get("dataset") or suitable_dataset(path, container, args)
     with distributed.first_process_first():
         dataset = data.load(name, args.data_dir, said.get("image_size"))
@@ -83,9 +83,9 @@ def main(args: argparse.Namespace) -> dict:
     model, report = foreign.load(
         path, container=container, model=args.model, normalise=args.normalise, which=args.which, device=device,
         images=data.to_images(torch.from_numpy(dataset.pixels(dataset.x_train[:1000]))), labels=torch.from_numpy(dataset.y_train[:1000]))
-    for what, ours in (("classes", dataset.classes), ("channels", dataset.channels)):
-        if report[what] != ours:
-            raise Misuse(f"{path} has {report[what]} {what}, {name} has {ours}: choose another --dataset")
+    for what, wanted in (("classes", dataset.classes), ("channels", dataset.channels)):
+        if report[what] != wanted:
+            raise Misuse(f"{path} has {report[what]} {what}, {name} has {wanted}: choose another --dataset")
     if dataset.classes < 4 and "aa" in columns:
         raise Misuse(f"--attacks {args.attacks}: {name} has {dataset.classes} classes, and AutoAttack's targeted attack compares four logits; leave out aa")
     evaluate.check_finite(model, x)

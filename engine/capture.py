@@ -5,8 +5,8 @@ be part of what tells recordings apart; a step that reads a number which would b
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,15 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What torch.compile cannot do is one sentence."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise Failure(f"the network cannot be compiled here ({' '.join(str(error).splitlines()[:2])}): leave out --compile") from error
+
+
 class Compiled(nn.Module):
     """`network` by torch.compile: anew for each size of a batch and each use, which are modes, frozen or not, with an image's gradient or without.
 
@@ -41,10 +50,8 @@ class Compiled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, classes)."""
-        try:
+        with compiling():
             return self.graphs(self.network, x, any(parameter.requires_grad for parameter in self.network.parameters()))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise Failure(f"the network cannot be compiled here ({' '.join(str(error).splitlines()[:2])}): leave out --compile") from error
 
 
 def _passed(network: nn.Module, x: Tensor, learns: bool) -> Tensor:

@@ -313,8 +313,8 @@ def pgd_autoattack(of: Subject) -> Measured | None:
     missed = (clean & ours & ~theirs).sum().item()
 
     def beyond(among: Tensor, limit: float) -> tuple[float, float]:
-        share, n = missed / max(1, among.sum().item()), max(1, among.sum().item())
-        return 100 * share, limit + 196 * (share * (1 - share) / n) ** 0.5
+        n = max(1, among.sum().item())
+        return 100 * missed / n, limit + 1.96 * (limit * (100 - limit) / n) ** 0.5  # the limit's own error: that of all of one image is none
 
     fooled, standing = clean & ~theirs, clean & ours
     value, threshold = max(beyond(fooled, 40), beyond(standing, 60), key=lambda pair: pair[0] - pair[1])

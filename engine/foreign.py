@@ -368,7 +368,7 @@ def candidates(
         state_dict: as `unwrap` returns it.
         arch: the network that the file names, `Origin.arch`.
         model: a name from `models` or of the published scripts, in any case: it overrules `arch`.
-        normalise: a name from `NORMALISATIONS`: it overrules what the file holds.
+        normalise: a name from `NORMALISATIONS`, or numbers as mean/std (0.5,0.5,0.5/0.25,0.25,0.25): it overrules what the file holds.
 
     Raises:
         Misuse: an unknown name, or weights that fit no network that is allowed, naming up to five keys.

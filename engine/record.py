@@ -1,6 +1,8 @@
 """What is written down: JSON files, where a number comes from, and how far it can be trusted."""
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -123,11 +125,19 @@ def continued(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str
     return source | {"dirty": source["dirty"] or before["dirty"], **({"earlier_commits": list(dict.fromkeys(earlier))} if earlier else {})}
 
 
+def digest_of_file(kind: type) -> str | None:
+    """SHA-256 of the file in which a class is defined; None where that is none, as in a notebook."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
 def source() -> dict[str, Any]:
     """The code's commit, and whether the tree differs from it: from git, or from SOURCE_COMMIT where the tree was exported without its history.
 
-    Files in results/ do not count: what one measurement writes does not change what the next one measures. Nor does what git does not know, but for
-    Python files.
+    Files in results/ do not count: what one measurement writes does not change what the next one measures. Nor do files that git does not track,
+    unless they are Python.
     """
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import math
 import os
 import signal
@@ -67,18 +66,18 @@ class Run:
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
         self._source = record.continued(record.source(), (self._saved or {}).get("source"))
-        self._script = hashlib.sha256(Path(inspect.getfile(type(cfg))).read_bytes()).hexdigest()
+        self._script = record.digest_of_file(type(cfg))
         if (self._saved or {}).get("script", self._script) != self._script and distributed.rank() == 0:
-            print(f"warning: {self.out_dir}/state.pth was saved by this script as it was before; --resume never trains anew", file=sys.stderr)
+            print(f"warning: {self.out_dir}/state.pth was saved by another version of this script, and the run goes on with this one; "
+                  "--resume never starts it again from the beginning", file=sys.stderr)
         if distributed.maximum(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
         set_up(self.device, cfg.deterministic, same_sizes=cfg.SAME_SIZES)
 
+        if not distributed.agree(repr((self._saved or {}).get("position")), self.device):
+            raise Failure(f"process {distributed.rank()}: not all processes find the same {self.out_dir}/state.pth: start again when all machines see the newest")
         self._prepare_data()
-        if not distributed.agree(repr((self._identity, (self._saved or {}).get("position"))), self.device):
-            raise Failure(f"process {distributed.rank()}: not all processes have the same training images of {cfg.dataset} in {cfg.data_dir}, and the same "
-                          f"{self.out_dir}/state.pth: give all machines the same files, and start again")
         if self._saved is not None and self._saved.get("data", self._identity) != self._identity:
             raise Misuse(f"--data-dir {cfg.data_dir}: {self.out_dir}/state.pth was saved with other training images of {cfg.dataset}: give the same, "
                          "or --resume never to start again, or another --out-dir")
@@ -440,8 +439,6 @@ class Run:
                 checkpoint.save(self._weights(row["weights"], row["epoch"]), self.out_dir / "best.pth")
             record.write_lines(self._journal.rows, self.out_dir / "log.jsonl")
         self._save()
-        if distributed.rank() == 0:
-            (self.out_dir / _BEFORE).unlink(missing_ok=True)
         if self.epoch < self.cfg.epochs and self._wanted() == _STOP:
             self._leave()
 
@@ -471,6 +468,9 @@ class Run:
         cfg = self.cfg
         with distributed.first_process_first():
             self.dataset = data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
+        if not distributed.agree(hashlib.sha256(self.dataset.y_train.tobytes()).hexdigest(), self.device):
+            raise Failure(f"process {distributed.rank()}: the training images of {cfg.dataset} in {cfg.data_dir} are not as many, or not of the same classes, for all "
+                          "processes: give all machines the same files")
         if self.dataset.streamed:
             from engine import stream  # which needs torchvision, and a second to import it
             if cfg.skip_damaged:
@@ -584,6 +584,7 @@ class Run:
             if self.batch == 0 and self.cfg.snapshots and self.epoch in numbers("snapshots", self.cfg.snapshots):
                 checkpoint.save(state, self.out_dir / f"state-{self.epoch}.pth")  # first: a run killed in between does this epoch again
             checkpoint.save(state, self.out_dir / "state.pth")
+            (self.out_dir / _BEFORE).unlink(missing_ok=True)
         distributed.barrier()
         self._last_save = time.perf_counter()
         self._seconds["saving"] += self._last_save - began

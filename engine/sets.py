@@ -46,14 +46,18 @@ def make(name: str, path: Path) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Of several runs that want to make the same file at the same time, one after the other is inside."""
-    nearest = next(folder for folder in path.absolute().parents if folder.is_dir())  # a folder is made only for what will lie in it
-    folder = os.open(nearest, os.O_RDONLY)
+    new = not path.parent.is_dir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network disks cannot
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)
+        if new:
+            with suppress(OSError):  # something lies in it
+                path.parent.rmdir()
 
 
 def shuffled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,10 +31,10 @@ from engine.errors import Failure, Misuse
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Shift:
-    """How long processes may run: for so many minutes, and inside `with` until SIGTERM or an error comes. What still runs then is sent SIGTERM.
+class TimeLimit:
+    """Runs processes until so many minutes are over, SIGTERM comes, or an error leaves the `with` block; then sends SIGTERM to those that still run.
 
-    A training saves itself when it is, and AutoAttack has; the next call goes on with both.
+    A training saves itself on SIGTERM, and AutoAttack saves as it goes, so that the next call goes on with both.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -42,7 +42,7 @@ class Shift:
         self.over = False
         self._running: set[subprocess.Popen] = set()
 
-    def __enter__(self) -> Shift:
+    def __enter__(self) -> TimeLimit:
         self._before = signal.signal(signal.SIGTERM, self.end)
         return self
 
@@ -123,8 +123,8 @@ class Job:
         now = dataclasses.asdict(importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags))
         return {name: (config[name], now[name]) for name in now if name in config and name not in MAY_CHANGE and config[name] != now[name]}
 
-    def do(self, data_dir: Path, device: str, shift: Shift) -> str | None:
-        """Does what is missing, as long as the shift lasts; returns what it had no time for, or None.
+    def do(self, data_dir: Path, device: str, limit: TimeLimit) -> str | None:
+        """Does what is missing, until the limit; returns what it had no time for, or None.
 
         Raises:
             Failure: a script failed.
@@ -132,12 +132,12 @@ class Job:
         if self.is_done():
             return None
         shared = ("--data-dir", str(data_dir), "--device", device, "--out-dir")
-        left = () if shift.deadline == math.inf else ("--time-limit", f"{shift.left() / 60:.2f}")
+        left = () if limit.deadline == math.inf else ("--time-limit", f"{limit.left() / 60:.2f}")
         finished = self.folder / "result.json"
-        said = self._step("training", (*self.train, *shared, str(self.folder), *left), finished.is_file, shift, grace=60)
+        said = self._step("training", (*self.train, *shared, str(self.folder), *left), finished.is_file, limit, grace=60)
         for name in self._distinct() if said is None else ():
             command = ("test_FGSM_SDI.py", "--model-path", str(self.folder / f"{name}.pth"), *self.evaluation, *shared, str(self._evaluated(name)))
-            said = said or self._step(f"evaluation of {name}.pth", command, partial(self._is_of, name), shift)
+            said = said or self._step(f"evaluation of {name}.pth", command, partial(self._is_of, name), limit)
         if said is None:
             self._collect()
         return said
@@ -159,22 +159,22 @@ class Job:
         same = len(self.checkpoints) == 2 and (best["epoch"], best["weights"]) == (last["epoch"], last["weights"])
         return ("best",) if same else self.checkpoints
 
-    def _step(self, what: str, command: tuple[str, ...], is_done: Callable[[], bool], shift: Shift, grace: float = 0.0) -> str | None:
+    def _step(self, what: str, command: tuple[str, ...], is_done: Callable[[], bool], limit: TimeLimit, grace: float = 0.0) -> str | None:
         """Runs a command, unless its work is done."""
         if is_done():
             return None
-        if shift.left() < 1:
+        if limit.left() < 1:
             return f"no time left for the {what}"
         began = time.monotonic()
         output = self.folder / "output.log"
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as log:
-            status = shift.run([sys.executable, str(ROOT / command[0]), *command[1:]], grace, stdout=log, stderr=subprocess.STDOUT,
+            status = limit.run([sys.executable, str(ROOT / command[0]), *command[1:]], grace, stdout=log, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
         if is_done():
             print(f"  {self.name}: {what} done in {time.monotonic() - began:.0f} s", flush=True)
             return None
-        if status in (0, -signal.SIGTERM) and (shift.over or shift.deadline < math.inf):
+        if status in (0, -signal.SIGTERM) and (limit.over or limit.deadline < math.inf):
             return f"the {what} is not finished, the same command goes on with it"
         raise Failure(f"{' '.join(command)} ended with status {status}; see {output}")
 
@@ -202,14 +202,14 @@ def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes:
     def do(job: Job) -> None:
         device = free.get()
         try:
-            if said := job.do(data_dir, device, shift):
+            if said := job.do(data_dir, device, limit):
                 unfinished.append(f"{job.name}: {said}")
-        except (Failure, Misuse, OSError, KeyError) as error:  # a script, or a file of its own that is damaged or cannot be written
+        except (Failure, Misuse, OSError, KeyError, ValueError) as error:  # a script, or a file of its own that is damaged or cannot be written
             failed.append(f"{job.name}: {error}")
         finally:
             free.put(device)
 
-    with ThreadPoolExecutor(len(devices)) as pool, Shift(minutes) as shift:
+    with ThreadPoolExecutor(len(devices)) as pool, TimeLimit(minutes) as limit:
         list(pool.map(do, jobs))
     return failed, unfinished
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from engine import record
-from engine.card import MARK, mark
+from engine.card import MARK
 from experiments import tables
-from experiments.show import HEADINGS, commits, devices, grid, parts
+from experiments.show import HEADINGS, commits, devices, doubt, grid, parts
 from experiments.tables import Row, Scale, Table
 
 SEEDS = range(100)  # as many as a table is ever looked up for
@@ -49,13 +49,13 @@ class Line:
     cells: dict[str, Cell]
     runs: list[dict[str, Any]]
     minutes: Cell
-    unreliable: list[str]
+    doubts: list[str]
     dropped: int = 0  # runs of a tree that differs from its commit
 
     @property
     def trusted(self) -> bool | None:
-        """Whether every evaluation's claim card stands behind it; None where there is none."""
-        return not any(mark(run["evaluations"][self.checkpoint]) for run in self.runs) if self.runs else None
+        """Whether every evaluation's claim card stands behind it; None where nothing is measured."""
+        return not doubt(self.runs, self.checkpoint) if self.runs else None
 
 
 def measured(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[dict[str, Any]], int]:
@@ -84,12 +84,12 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
             cells = {column: Cell([metric["value"] for metric in several], published.get(column), [metric["interval"] for metric in several])
                      for column, several in metrics.items()}
             minutes = Cell([run["run"]["seconds"]["training"] / 60 for run in evaluated], published.get("minutes"))
-            doubts = sorted({said for e in evaluations for said in why_not(e)})
+            doubts = sorted({said for e in evaluations for said in doubts_of(e)})
             found.append(Line(row, checkpoint, cells, evaluated, minutes, doubts, dropped))
     return found
 
 
-def why_not(evaluation: dict[str, Any]) -> list[str]:
+def doubts_of(evaluation: dict[str, Any]) -> list[str]:
     """Why its numbers may be wrong: what its card says, and what else it warns of, trusted or not, as a doubt which network a file holds."""
     said = [said for said in evaluation["warnings"] if not said.startswith("measured on the first")]
     return said if "card" in evaluation else [*said, "evaluated without a claim card"]
@@ -125,7 +125,7 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
     left_out = [f"{len(missing)} of {len(table.rows)} rows have not been measured."] if missing else []
     left_out += [f"Not shown: {changed} run{'s' if changed > 1 else ''} of a tree that differed from its commit."] if changed else []
     notes = [_legend(comparable, tolerance), *(_provenance(found) or [_elsewhere(table, scale, results)]), *left_out, *table.notes,
-             *sorted({f"{'' if line.trusted else MARK + ' '}{line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.unreliable})]
+             *sorted({f"{'' if line.trusted else MARK + ' '}{line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.doubts})]
     if form == "markdown":
         return "\n".join([f"**{title}**", "", grid(heading, body, markdown=True), "", *(f"- {note}" for note in notes)])
     return "\n".join([title, "", grid(heading, body, markdown=False), "", *notes])

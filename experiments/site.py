@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.card import mark
 from experiments import show, side_by_side, tables
 from experiments.show import HEADINGS
 
@@ -54,7 +55,7 @@ def _rows(name: str, dataset: str, scale: str, line: side_by_side.Line) -> list[
         first = line.runs[0]
         found.append(shared | {"source": "ours", "scale": scale, **{key: line.cells[key].mean if key in line.cells else None for key in HEADINGS},
                                "minutes": line.minutes.mean, "seeds": len(line.runs), "n": first["evaluations"]["best"]["n"],
-                               "device": first["run"]["device"], "doubt": "; ".join(line.unreliable)})
+                               "device": first["run"]["device"], "doubt": "" if line.trusted else "; ".join(line.doubts) or "not trusted"})
     return found
 
 
@@ -69,7 +70,7 @@ def _demo_rows(demo: str, label: str, several: list[dict[str, Any]]) -> list[dic
                       **{key: mean([e["metrics"][key]["value"] for e in evaluations if key in e["metrics"]]) for key in HEADINGS},
                       "minutes": mean([run["run"]["seconds"]["training"] / 60 for run in several]), "seeds": len(several), "n": evaluations[0]["n"],
                       "device": several[0]["run"]["device"],
-                      "doubt": "; ".join(sorted({said for e in evaluations for said in side_by_side.why_not(e)}))})
+                      "doubt": "; ".join(sorted({said for e in evaluations if mark(e) for said in side_by_side.doubts_of(e) or ["not trusted"]}))})
     return found
 
 

@@ -23,6 +23,7 @@ import train_fgsm_ckpt
 import train_fgsm_ga
 import train_fgsm_rs
 import train_fgsm_sdi
+import train_gairat
 import train_pgd_at
 import utils
 from engine import networks

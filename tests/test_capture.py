@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -340,3 +341,21 @@ def test_a_run_goes_on_recorded_where_it_began_plainly():
     assert recorded.state[weights[1]]["step"] == 1 and torch.equal(recorded.state[weights[1]]["exp_avg"], plain.state[weights[0]]["exp_avg"])
     kept.restore(plain, kept.state_of(recorded), "optimizer")
     assert not plain.param_groups[0]["capturable"]
+
+
+def test_compilation_is_not_training_time(recorders, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    run = engine.Run(engine.Config(dataset="digits", train_size=64, val_size=20, batch_size=16, epochs=2, device="cpu", compile=True, measure="pgd10", co_guard="off",
+                                   out_dir=str(tmp_path)))
+
+    @run.captured
+    def step(x, y):
+        now[0] += 100  # where Python runs it: two batches of warming up, and one of recording
+        run.update(torch.nn.functional.cross_entropy(run.model(x), y))
+
+    for x, y, _ in run.batches():
+        now[0] += 1
+        step(x, y)
+    seconds = json.loads((tmp_path / "result.json").read_text())["seconds"]
+    assert (seconds["training"], seconds["compilation"]) == (2 * 4, 300)

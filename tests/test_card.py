@@ -348,6 +348,7 @@ def test_columns_that_disagree(name: str, sound: dict, broken: dict) -> None:
 @pytest.mark.parametrize("clean, ours, aa, expected", [
     (90, 60, 47, True), (90, 60, 5, False),  # of what AutoAttack fools, PGD misses much
     (98, 42, 5.6, False), (98, 42, 26, True),  # it misses little of that, and is eight times as high all the same
+    (0.2, 0.2, 0, True),  # two of two: too few to tell
     (10, 100, 0, False),  # more stand PGD than were right
     (90, 90, 90, True)])
 def test_a_pgd_that_misses_what_autoattack_finds(clean: float, ours: float, aa: float, expected: bool) -> None:

@@ -302,13 +302,17 @@ def test_runs_that_begin_together_make_a_set_once(folder, tmp_path, monkeypatch)
 
     def slow(name, path):
         made.append(name)
-        time.sleep(0.3)
         path.parent.mkdir(parents=True, exist_ok=True)
+        time.sleep(0.3)
         return dict(x_train=np.zeros((10, 32, 32, 3), np.uint8), y_train=np.arange(10), x_test=np.zeros((10, 32, 32, 3), np.uint8), y_test=np.arange(10))
 
     monkeypatch.setattr(data.sets, "downloaded", slow)
     with ThreadPoolExecutor(4) as pool:
-        assert len({len(found.x_train) for found in pool.map(lambda _: data.load("cifar10", tmp_path / folder), range(4))}) == 1
+        def begin(number):
+            time.sleep(0.05 * number)
+            return data.load("cifar10", tmp_path / folder)
+
+        assert len({len(found.x_train) for found in pool.map(begin, range(4))}) == 1
     assert made == ["cifar10"]
 
 

@@ -744,10 +744,10 @@ def test_a_copy_of_a_script_needs_a_name_of_its_own(tiny):
 def test_a_script_that_was_changed_is_warned_of(tiny, capsys):
     directory = tiny.train("train_fgsm_rs", "--epochs", 1)
     command = ("train_fgsm_rs", *tiny.flags, "--epochs", 1, "--out-dir", directory)
-    assert "by this script as it was before" not in tiny.command(*command).err
+    assert "by another version of this script" not in tiny.command(*command).err
     state = torch.load(directory / "state.pth", weights_only=True)
     torch.save(state | {"script": "another"}, directory / "state.pth")
-    assert "warning: " in (said := tiny.command(*command).err) and "by this script as it was before" in said
+    assert "warning: " in (said := tiny.command(*command).err) and "by another version of this script" in said
 
 
 # ---- kills and processes ---------------------------------------------------------------------------------------------
@@ -800,9 +800,20 @@ def test_processes_with_other_images_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "maximum", lambda value, device: max(value, -value))
     assert not distributed.agree("this", device)
     monkeypatch.undo()
-    monkeypatch.setattr(distributed, "agree", lambda *_: False)
-    with pytest.raises(Failure, match="not all processes have the same training images of digits"):
-        engine.Run(configuration(tmp_path))
+    for answers, sentence in (([True, False], "training images of digits .* for all processes"), ([False], "not all processes find the same .*state.pth")):
+        monkeypatch.setattr(distributed, "agree", lambda *_, left=iter(answers): next(left))
+        with pytest.raises(Failure, match=sentence):
+            engine.Run(configuration(tmp_path))
+
+
+def test_a_method_in_a_notebook_has_no_file(monkeypatch):
+    assert record.digest_of_file(Config) == record.digest_of_file(Config) != record.digest_of_file(Failure)
+
+    def typed(kind: type) -> str:
+        raise OSError("source code not available")
+
+    monkeypatch.setattr(record.inspect, "getfile", typed)
+    assert record.digest_of_file(Config) is None
 
 
 def test_a_result_is_written_where_one_process_alone_misses_it(tmp_path, monkeypatch):

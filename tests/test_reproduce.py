@@ -104,6 +104,8 @@ def test_a_rows_own_settings():
     assert {(cfg.normalise, cfg.padding, cfg.epochs) for cfg in own} == {("dataset", "reflect", 200)}
     others = [config(*where, "LAS-AWP") for where in (("LAS-3", None), ("LAS-4", None), ("LAS-5", "cifar100"))]
     assert {(cfg.normalise, cfg.padding, cfg.epochs) for cfg in others} == {("none", "zero", 200)}, "normalised on CIFAR-10 alone"
+    epochs = {("FastAT", "N-FGSM"): 100, ("FastAT", "FREE-AT"): 50, ("LAS-2", "LAS-TRADES"): 100, ("LAS-4", "LAS-TRADES"): 110, ("LAS-2", "LAS-AWP"): 200}
+    assert {key: config(key[0], None, key[1]).epochs for key in epochs} == epochs and config("FastAT", None, "FREE-AT").replays == 4
     awp = config("LAS-1b", None, "AWP", "train steps=10 train eps=8", "small")
     assert (awp.epochs, list(awp.decays)) == (10, [0.5, 0.75])
 
@@ -378,8 +380,8 @@ def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path, monkeypatch, 
 def test_a_failure_counts_though_others_want_only_time(digits, tmp_path, monkeypatch, capsys):
     broken = Table(**{**vars(DIGITS), "rows": (Row("Broken", "", ("train_fgsm_rs.py", "--alpha", "nonsense")), *ROWS)})
     monkeypatch.setitem(tables.TABLES, "D", (broken,))
-    times = iter([60.0, 60.0])  # what is left when it asks: enough for the first run, then nothing
-    monkeypatch.setattr(runner.Shift, "left", lambda self: next(times, 0.0))
+    times = iter([60.0, 60.0, 600.0])  # what is left when the first run asks; nothing for the second
+    monkeypatch.setattr(runner.TimeLimit, "left", lambda self: next(times, 0.0))
     with pytest.raises(Failure, match="Broken, seed 0") as failed:
         digits("--rows", "Broken,RS", "--time-limit", "60")
     assert "RS, seed 0: no time left for the training" in capsys.readouterr().out and "RS, seed 0" not in str(failed.value)
@@ -489,7 +491,7 @@ def test_a_last_checkpoint_that_is_the_best_one_is_evaluated_once(digits, tmp_pa
 def test_every_device_is_used_and_none_twice_at_a_time(monkeypatch, tmp_path):
     busy, seen = set(), set()
 
-    def do(job, data_dir, device, shift):
+    def do(job, data_dir, device, limit):
         assert device not in busy
         busy.add(device)
         seen.add(device)
