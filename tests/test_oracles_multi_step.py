@@ -28,7 +28,8 @@ import train_las_at
 import train_liet
 import train_mart
 import utils
-from engine import data, record
+from engine import data
+from engine.record import ROOT
 from tests.conftest import doubles
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -1160,7 +1161,7 @@ def test_every_script_has_an_oracle():
     from tests import test_oracles_single_step as single_step
 
     replayed = {script for _, script, *_ in (*single_step.RUNS.values(), *CASES.values())}
-    assert replayed | {"train_fgsm_rs", "train_pgd_at", "train_fgsm_sdi", "train_fgsm_ga"} == {path.stem for path in record.ROOT.glob("train_*.py")}
+    assert replayed | {"train_fgsm_rs", "train_pgd_at", "train_fgsm_sdi", "train_fgsm_ga"} == {path.stem for path in ROOT.glob("train_*.py")}
 
 
 @pytest.mark.parametrize("dataset, size", [("cifar10", 32), ("tiny-imagenet", 64)])
