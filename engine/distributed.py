@@ -163,7 +163,7 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def gathered_objects(mine: Any) -> list[Any]:
+def all_gather_object(mine: Any) -> list[Any]:
     """What each process has, a list of strings say, on all of them. Under `seldom`."""
     found = [mine] * world_size()
     if dist.is_initialized():

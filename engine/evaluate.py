@@ -148,7 +148,7 @@ def auto_attack(
             x_adv, still = attacked(images[mine], y[mine], attack) if len(mine) else (images[mine], standing[mine])
             found["attacked"][batch], found["standing"][batch] = True, distributed.gathered(still, len(batch))
             fooled = distributed.gather(x_adv[~still])
-            state["warnings"] = list(dict.fromkeys(chain(*distributed.gathered_objects(state["warnings"]))))
+            state["warnings"] = list(dict.fromkeys(chain(*distributed.all_gather_object(state["warnings"]))))
             if leads:
                 state["x_adv"][batch[~found["standing"][batch]]] = fooled
             state["seconds"] += time.perf_counter() - began

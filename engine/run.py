@@ -65,26 +65,27 @@ class Run:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
         self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
-        self._source = record.continued(record.source(), (self._saved or {}).get("source"))
+        before = self._saved or {}
+        self._source = record.continued(record.source(), before.get("source"))
         self._script = record.digest_of_file(type(cfg))
-        if (self._saved or {}).get("script", self._script) != self._script and distributed.rank() == 0:
+        if before.get("script", self._script) != self._script and distributed.rank() == 0:
             print(f"warning: {self.out_dir}/state.pth was saved by another version of this script, and the run goes on with this one; "
                   "--resume never starts it again from the beginning", file=sys.stderr)
         if distributed.maximum(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
+        if not distributed.agree(repr(before.get("position")), self.device):
+            raise Failure(f"process {distributed.rank()}: not all processes find the same {self.out_dir}/state.pth: start again when all machines see the newest")
         set_up(self.device, cfg.deterministic, same_sizes=cfg.SAME_SIZES)
 
-        if not distributed.agree(repr((self._saved or {}).get("position")), self.device):
-            raise Failure(f"process {distributed.rank()}: not all processes find the same {self.out_dir}/state.pth: start again when all machines see the newest")
         self._prepare_data()
-        if self._saved is not None and self._saved.get("data", self._identity) != self._identity:
+        if before.get("data", self._identity) != self._identity:
             raise Misuse(f"--data-dir {cfg.data_dir}: {self.out_dir}/state.pth was saved with other training images of {cfg.dataset}: give the same, "
                          "or --resume never to start again, or another --out-dir")
         torch.manual_seed(cfg.seed)
         self._autocast = networks.autocast_dtype(cfg, self.device)
         self.network = self._build()
-        machines = (self._saved or {}).get("machines", [])
+        machines = before.get("machines", [])
         if machines and machines[-1]["precision"] != self.precision:
             raise Misuse(f"{self.out_dir}/state.pth was trained in {machines[-1]['precision']}, and here it would go on in {self.precision}: "
                          "give --precision, or --resume never to start again, or another --out-dir")
