@@ -4,12 +4,16 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # One thread a process: small networks gain nothing from more, and tests and demos run side by side.
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# A process of the tests takes half a gigabyte: on a large machine, cores are not what there is too little of.
+PYTEST = -m pytest -n auto --maxprocesses 16 --dist loadgroup
+ENOUGH = $(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, as in: make setup PYTHON=python3.12')"
 
 .PHONY: setup browser test test-all test-oldest demo demo-all demo-cifar demo-cifar-all readme site
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt
+	@$(ENOUGH)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -20,16 +24,17 @@ browser:
 	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium > /dev/null)
 
 test: setup
-	$(ONE) $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(ONE) $(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: setup
-	$(ONE) $(BIN)/python -m pytest -n auto --dist loadgroup
+	$(ONE) $(BIN)/python $(PYTEST)
 
-# The oldest torch that requirements.txt admits, in an environment of its own.
+# The oldest torch that requirements.txt admits, in an environment of its own; there are packages of it for Python 3.11 to 3.13.
 test-oldest: .venv-oldest/.oldest
-	$(ONE) .venv-oldest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(ONE) .venv-oldest/bin/python $(PYTEST) -m "not slow"
 
 .venv-oldest/.oldest: requirements.txt
+	@$(ENOUGH)
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/torch>=2.6/torch==2.6.0/; s/torchvision>=0.21/torchvision==0.21.0/' requirements.txt > .venv-oldest/requirements.txt
 	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/requirements.txt

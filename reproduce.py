@@ -20,16 +20,16 @@ from experiments.figures import sources
 from experiments.runner import all_devices, do_all
 from experiments.site import page
 
-ROOT = Path(__file__).resolve().parent
+RESULTS = record.ROOT / "results"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text + more, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        added.add_argument("--results", type=Path, default=ROOT / "results" / "tables", help="where the JSON of every run goes (default: results/tables)")
+        added = commands.add_parser(name, help=text, description=text + more)
+        added.add_argument("--results", type=Path, default=RESULTS / "tables", help="where the JSON of every run goes (default: results/tables)")
         return added
 
     def about_a_table(added: argparse.ArgumentParser) -> None:
@@ -66,11 +66,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     figure.add_argument("--checkpoint", choices=("best", "last"), default="best", help="where networks are measured (default: best)")
     figure.add_argument("--data-dir", type=Path, default=Path("data/"), help="where data sets lie (default: data/)")
     figure.add_argument("--output", type=Path, default=Path("output/tables"), help="where the runs' own files lie (default: output/tables)")
-    figure.add_argument("--figures", type=Path, default=ROOT / "results" / "figures", help="where the JSON, .pdf and .png go (default: results/figures)")
+    figure.add_argument("--figures", type=Path, default=RESULTS / "figures", help="where the JSON, .pdf and .png go (default: results/figures)")
     figure.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     figure.add_argument("--redraw", action="store_true", help="only draw again what was measured")
     site = command("site", "writes one self-contained HTML page of everything measured and published")
-    site.add_argument("--page", type=Path, default=ROOT / "results" / "index.html", help="the file (default: results/index.html)")
+    site.add_argument("--page", type=Path, default=RESULTS / "index.html", help="the file (default: results/index.html)")
     return parser.parse_args(argv)
 
 
@@ -81,13 +81,10 @@ def list_(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     table, scale = tables.find(args.table, args.dataset), tables.SCALES[args.scale]
-    offered = {row.name: row for row in table.rows if row.command}
-    wanted = args.rows.split(",") if args.rows else list(offered)
-    if unknown := [name for name in wanted if name not in offered]:
-        raise Misuse(f"--rows {args.rows}: table {args.table} offers {', '.join(offered)}, not {unknown[0]}")
+    rows = table.offered(args.rows.split(",") if args.rows else ())
     if args.seeds < 1:
         raise Misuse(f"--seeds {args.seeds}: must be at least 1")
-    jobs = [table.job(offered[name], seed, scale, args.output, args.results) for seed in range(args.seeds) for name in wanted]
+    jobs = [table.job(row, seed, scale, args.output, args.results) for seed in range(args.seeds) for row in rows.values()]
     if args.compile:
         jobs = [replace(job, train=(*job.train, "--compile")) for job in jobs]
     if args.print:
@@ -97,8 +94,10 @@ def run(args: argparse.Namespace) -> None:
     missing = [job for job in jobs if not job.is_done()]
     print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done", flush=True)
     if missing:
-        if record.source()["dirty"]:
-            print("warning: this tree differs from its commit; what is measured now is written down, and not shown", flush=True)
+        source = record.source()
+        if source["dirty"]:
+            why = "this tree differs from its commit" if source["commit"] else "git does not tell the commit of this tree (SOURCE_COMMIT in the environment would)"
+            print(f"warning: {why}; what is measured now is written down, and not shown", flush=True)
         load(table.dataset, args.data_dir)  # once, before all processes want it
         devices = args.devices.split(",") if args.devices else all_devices()
         failed, unfinished = do_all(missing, args.data_dir, devices, args.time_limit)
@@ -125,8 +124,7 @@ def figure(args: argparse.Namespace) -> None:
     path = args.figures / ("runs" if args.runs else scale.name) / f"{'-'.join([args.name, *chosen])}.json"
     if not args.redraw:
         device = chosen_device(args.device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         given = "".join(f" {spelled(key)} {getattr(args, key)}" for key in ("dataset", "data_dir", "output", "results")
                         if getattr(args, key) != getattr(default, key))
         if args.runs:

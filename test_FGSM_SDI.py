@@ -9,6 +9,7 @@ of the images.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ DATASET_OF = {(10, 1): "digits", (10, 3): "cifar10", (100, 3): "cifar100", (43, 
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="the checkpoint")
     parser.add_argument("--model", help="architecture, where the file leaves it open: a name from models, or a published one such as ResNet18")
     parser.add_argument("--normalise", help="normalisation that the weights expect, where the file leaves it open: none, cifar10, cifar100, imagenet, ..., "
@@ -67,8 +68,7 @@ def main(args: argparse.Namespace) -> dict:
     columns = evaluate.columns_named(args.attacks)
     device = distributed.start(chosen_device(args.device), seldom=True)
     leads = distributed.rank() == 0
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     path = Path(args.model_path)
     out_dir = Path(args.out_dir or path.with_name(path.stem + "-evaluation"))
 
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> dict:
         seconds["pgd"] = time.perf_counter() - began
     if len(plain) < len(columns):
         found.update(evaluate.auto_attack(model, x, y, columns=columns, path=saved, search=search, classes=dataset.classes,
-                                          log=print_progress if leads else lambda line: None, **settings))
+                                          log=functools.partial(print, flush=True) if leads else lambda line: None, **settings))
     if not leads:
         return {}
 
@@ -156,10 +156,6 @@ def suitable_dataset(path: Path, container: dict, args: argparse.Namespace) -> s
     if shape not in DATASET_OF:
         raise Misuse(f"{path}: no data set here has {shape[0]} classes and {shape[1]} channels; say --dataset")
     return DATASET_OF[shape]
-
-
-def print_progress(line: str) -> None:
-    print(line, flush=True)
 
 
 def show(content: dict, out_dir: Path) -> None:

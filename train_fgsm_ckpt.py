@@ -16,7 +16,6 @@ from utils import eval_mode, frozen, inside_image, project, soft_labels
 @dataclass
 class Config(engine.Config):
     METHOD = "fgsm-ckpt"
-
     CYCLIC_LR = 0.3
 
     alpha: float | None = engine.step_size(1.25)

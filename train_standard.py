@@ -14,8 +14,9 @@ from utils import soft_labels
 
 @dataclass
 class Config(engine.Config):
-    co_guard: Literal["off", "warn", "stop", "rollback"] = "off"  # there is no robustness that could be lost
     METHOD = "standard"
+
+    co_guard: Literal["off", "warn", "stop", "rollback"] = "off"  # there is no robustness that could be lost
 
 
 def main(cfg: Config) -> None:

@@ -17,7 +17,6 @@ class Config(engine.Config):
     METHOD = "vfsat"
 
     max_grad_norm: float | None = 20.0
-
     radii: str | None = engine.flag(None, "radii of the epochs, in 255ths, in turn (default: 2,4,6,8,8,8,8,8, and 2,4,...,14,16,16,16,16,16 at epsilon 16, "
                                     "as published; at other radii the first list times epsilon / 8)")
 

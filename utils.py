@@ -53,7 +53,7 @@ def divergence(logits: Tensor, reference: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """No gradient for the parameters of `module`: what an attack needs, and a third of a backward pass saved."""
+    """No gradient for the parameters of `module`: what an attack needs, and half of a backward pass saved."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     try:
         for p in trainable:

@@ -168,7 +168,6 @@ def main(argv: list[str] | None = None) -> None:
     for row in costs(model, x, y, evaluation["epsilon"] / 255):
         counted.append(row)
         print(json.dumps(row), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
         "what": "AutoAttack on the digits: its cost, and how far evaluations of one network disagree",
         "training": None if args.model_path else " ".join(TRAINING), "evaluation": " ".join(EVALUATION), "seed": 0,

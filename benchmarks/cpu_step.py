@@ -148,7 +148,6 @@ def main() -> None:
         pipe.send("stop")
     medians = {name: statistics.median(values) for name, values in rates.items()}
     torch.set_num_threads(args.threads)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
         "what": "FGSM-SDI training step, ResNet18, batch 128, fp32 unless it says bf16, without the generator's update",
         "published": "https://github.com/jiaxiaojunQAQ/FGSM-SDI", "rounds": args.rounds, "batches_per_round": args.batches,

@@ -14,7 +14,6 @@ import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 

@@ -37,6 +37,7 @@ from torch.func import functional_call, grad
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.throughput import Counted
+from engine.device import chosen_device, clock
 from utils import cosine, untracked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,13 +221,9 @@ def memory(device: torch.device) -> tuple[Callable[[], None], Callable[[], int |
 def costs(forms: dict[str, Form], arguments: tuple, repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Each form's median milliseconds, the forms taking turns, and the peak memory of one more call."""
     def milliseconds(form: Form) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
+        began = clock(device)
         form(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - began)
+        return 1000 * (clock(device) - began)
 
     times = [[milliseconds(form) for form in forms.values()] for _ in range(repeats + 1)][1:]  # the first round warms up
     found = {name: {"milliseconds": statistics.median(column)} for name, column in zip(forms, zip(*times))}
@@ -278,7 +275,7 @@ def measure(name: str, given: dict[str, tuple], exact: list[Tensor], timed: str,
         form = {"double backward": double_backward, "forward over reverse": forward_over_reverse}.get(name) or compiled_double_backward()
         precisions = {"double backward": ("fp32", "bf16"), "compiled double backward": (timed,)}.get(name, STEPS)
         began = time.perf_counter()
-        row = {precision: attempted(lambda: compared(form(*given[precision]), exact)) for precision in precisions}  # noqa: B023: called at once
+        row = {precision: attempted(lambda: compared(form(*given[precision]), exact)) for precision in precisions}  # called at once
         if compiled:
             row["seconds_first"] = time.perf_counter() - began
     row["passes"] = {"predicted": PREDICTED[name]} | ({} if compiled else {"counted": passes(form, given["fp32"])})
@@ -289,7 +286,6 @@ def measure(name: str, given: dict[str, tuple], exact: list[Tensor], timed: str,
 
 def main(argv: list[str] | None = None) -> None:
     from engine import record
-    from engine.device import chosen_device
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default="preactresnet18,resnet18", help="with commas between them")
@@ -320,14 +316,13 @@ def main(argv: list[str] | None = None) -> None:
                     if not left:
                         continue
                     left -= 1
-                found[name] = attempted(lambda: measure(name, given, exact, timed, forms))  # noqa: B023: called at once
+                found[name] = attempted(lambda: measure(name, given, exact, timed, forms))  # called at once
             for name, cost in costs(forms, given[timed], args.repeats, device).items():
                 found[name] |= cost
             for name, row in found.items():
                 print(arch, penalty, name, json.dumps({key: value for key, value in row.items() if key != "steps"}), flush=True)
         exact = weight_gradients(*given["float64"][:3])
         loss[arch] = {precision: compared(weight_gradients(*given[precision][:3]), exact) for precision in ("fp32", "bf16")}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({
         "what": "the parameters' gradient of a penalty on the input gradient, 32 x 32 images", "timed_in": timed,
         "width": args.width, "batch_size": args.batch_size, "updates": args.updates, "repeats": args.repeats, "rows": rows,

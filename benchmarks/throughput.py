@@ -70,11 +70,12 @@ def limited(batches: int, warm_up: int, done: Any) -> type:
         Misuse: an epoch ends before, whose evaluation would be timed too.
     """
     from engine import Misuse
+    from engine.device import clock
     from engine.run import Run  # not engine.Run, which may be another Limited by now
 
     class Limited(Run):
         def batches(self):
-            began = self._clock()
+            began = clock(self.device)
             for given, batch in enumerate(super().batches()):
                 if self.epoch:
                     break
@@ -82,9 +83,9 @@ def limited(batches: int, warm_up: int, done: Any) -> type:
                     if self.device.type == "cuda":  # what compilation and the search for fast convolutions took does not count
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats(self.device)
-                    middle = self._clock()
+                    middle = clock(self.device)
                 if given == batches:
-                    done(self, middle - began, self._clock() - middle)
+                    done(self, middle - began, clock(self.device) - middle)
                     return
                 yield batch
             raise Misuse(f"--batches {batches}: the first epoch is over before; ask for fewer")
@@ -100,8 +101,9 @@ def ours(flags: tuple[str, ...], batches: int, warm_up: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def done(run: Any, before: float, timed: float) -> None:
-        found.update(images_per_second=(batches - warm_up) * run.cfg.batch_size / timed, seconds_before=before, precision=run.precision,
-                     peak_memory_bytes=record.peak_memory(run.device), **reserved(run.device), seconds_per_epoch=50_000 / ((batches - warm_up) * run.cfg.batch_size / timed))
+        rate = (batches - warm_up) * run.cfg.batch_size / timed
+        found.update(images_per_second=rate, seconds_before=before, precision=run.precision,
+                     peak_memory_bytes=record.peak_memory(run.device), **reserved(run.device), seconds_per_epoch=50_000 / rate)
 
     script, *rest = flags
     module = importlib.import_module(script.removesuffix(".py"))
@@ -143,7 +145,7 @@ def published(checkout: Path, data_dir: Path, batches: int, warm_up: int, device
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    class Counted:
+    class Timed:
         def __init__(self, loader: Any) -> None:
             self.loader = loader
 
@@ -166,7 +168,7 @@ def published(checkout: Path, data_dir: Path, batches: int, warm_up: int, device
     def counted(get_loaders: Any) -> Any:
         def loaders(*a: Any, **k: Any) -> tuple[Any, Any]:
             train, test = get_loaders(*a, **k)
-            return Counted(train), test
+            return Timed(train), test
         return loaders
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(SystemExit):
@@ -229,7 +231,6 @@ def main(argv: list[str] | None = None) -> None:
             row["times_the_published_fgsm_sdi"] = row["images_per_second"] / base
         rows[label] = row
         print(label, json.dumps(row), flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         record.write_json(about | {"rows": rows}, args.out)
 
 

@@ -77,10 +77,11 @@ class Graph:
 
     def warm_up(self, work: Callable[[], None]) -> None:
         """Does the work, on the stream where it will be recorded."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        outside = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
             work()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        outside.wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records the work without doing it; returns what does it."""

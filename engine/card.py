@@ -6,10 +6,9 @@ ICML 2020) and the indicators of attack failure (Pintor et al., NeurIPS 2022).
 """
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attacks
-from engine import evaluate
-from engine.data import evaluation_generator, to_images
+from engine import checkpoint, evaluate
+from engine.data import evaluation_generator, in_ball, to_images
 from utils import eval_mode, inside_image
 
 MINIMUM = 100
@@ -52,7 +51,6 @@ class Subject:
     seed: int
     batch_size: int
     saved: dict[str, Any] | None = None
-    before: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -105,14 +103,12 @@ class Subject:
 
     def start(self, stream: str) -> Tensor:
         """Uniform in the ball: the same for every model."""
-        noise = torch.rand(self.images.shape, generator=evaluation_generator(self.seed, stream))
-        return self.eps * (2 * noise - 1).to(self.device)
+        return in_ball(self.images.shape, self.eps, evaluation_generator(self.seed, stream), self.device)
 
 
 def hashes(model: nn.Module) -> dict[str, str]:
     """Of every parameter and buffer, those that are never saved included."""
-    return {name: hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {name: checkpoint.digest({name: tensor}) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def worst(*verdicts: Tensor) -> Tensor:

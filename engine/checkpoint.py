@@ -54,7 +54,7 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(weights.items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().numpy().reshape(-1).view("uint8"))
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 from engine.errors import Misuse
-from engine.schedule import SCHEDULES, Rates
+from engine.schedule import DECAYS, SCHEDULES, Rates
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(arch="resnet8", epochs=30, batch_size=64, lr=0.2, lr_schedule="cyclic", weight_decay=5e-4,
@@ -125,7 +125,7 @@ class Config:
     tensorboard: bool = flag(False, "also write TensorBoard event files (needs the tensorboard package)")
 
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
-    DECAYS: ClassVar[tuple[float, ...]] = (100 / 110, 105 / 110)  # multistep's, as parts of the run
+    DECAYS: ClassVar[tuple[float, ...]] = DECAYS  # multistep's, as parts of the run
     GRAD_NORMS: ClassVar[dict[str, float]] = {}  # --max-grad-norm by data set, where the method's code clips
     METHOD: ClassVar[str] = ""
     SAME_SIZES: ClassVar[bool] = True  # whether its attack passes whole batches through the network
@@ -219,14 +219,11 @@ class Config:
 
 def parser(cls: type[Config], doc: str | None) -> Parser:
     """The command line of a Config: shared flags first, then the method's own."""
-    built = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    groups = {True: built.add_argument_group("shared by all methods"), False: None}
+    built = Parser(description=doc)
+    groups = {True: built.add_argument_group("shared by all methods"), False: built.add_argument_group("of this method")}
     shared = {field.name for field in dataclasses.fields(Config)}
     kinds = typing.get_type_hints(cls)
-    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in shared):
-        common = field.name in shared
-        if groups[common] is None:
-            groups[common] = built.add_argument_group("of this method")
+    for field in dataclasses.fields(cls):
         metadata, kind = _metadata(cls, field), _without_none(kinds[field.name])
         options: dict[str, Any] = dict(default=field.default, help=metadata["help"] + _default_text(field, metadata))
         if kind is bool:
@@ -236,7 +233,7 @@ def parser(cls: type[Config], doc: str | None) -> Parser:
         else:
             options.update(type=kind, metavar=kind.__name__.upper())
         options["help"] = options["help"].replace("%", "%%")
-        groups[common].add_argument(spelled(field.name), **options)
+        groups[field.name in shared].add_argument(spelled(field.name), **options)
     return built
 
 
@@ -269,7 +266,10 @@ def _default_text(field: dataclasses.Field, metadata: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes - and _ alike in flags, and answers misuse with one sentence."""
+    """argparse that takes - and _ alike in flags, shows a docstring as it is, and answers misuse with one sentence."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else args
@@ -281,7 +281,7 @@ class Parser(argparse.ArgumentParser):
         return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
 
     def error(self, message: str) -> typing.NoReturn:
-        words = message.removeprefix("unrecognized arguments: ").split()
+        words = message.removeprefix("unrecognized arguments: ").split() or ["an empty argument"]
         if message.startswith("unrecognized"):
             known = [option for action in self._actions for option in action.option_strings]
             close = difflib.get_close_matches(words[0].partition("=")[0], known, 1)

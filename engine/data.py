@@ -5,7 +5,7 @@ processes, or of how often the run was interrupted.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,29 @@ DATA, _NOISE, _EVALUATION, CROP = range(4)  # streams of random numbers that mus
 STREAMS = {"fgsm": 0, "pgd": 1, "cw": 2, "ball": 3, "order": 4, "directions": 5, "square": 6, "figures": 9}  # the evaluation's own
 
 
-def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that is a function of (seed, stream): nearby numbers give unrelated generators."""
-    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+def stream_seed(seed: int, *stream: int) -> int:
+    """A function of (seed, stream): nearby numbers give unrelated ones."""
+    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]) >> 1
+
+
+def seeded(seed: int, *stream: int) -> torch.Generator:
+    """A generator on the CPU that is a function of (seed, stream)."""
+    return torch.Generator().manual_seed(stream_seed(seed, *stream))
 
 
 def noise_generator(generator: torch.Generator, seed: int, step: int) -> None:
     """Puts `generator` at the start of the attack noise of batch `step` of the run."""
-    generator.manual_seed(seeded(seed, _NOISE, step).initial_seed())
+    generator.manual_seed(stream_seed(seed, _NOISE, step))
 
 
 def evaluation_generator(seed: int, stream: str) -> torch.Generator:
     """The generator of an evaluation's random numbers: a stream for each of their uses."""
     return seeded(seed, _EVALUATION, STREAMS[stream])
+
+
+def in_ball(shape: Sequence[int], eps: float, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Uniform in [-eps, eps], the same on every device: `generator` is one of the CPU."""
+    return eps * (2 * torch.rand(shape, generator=generator) - 1).to(device)
 
 
 @dataclass(frozen=True)

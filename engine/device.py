@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import time
 
 import torch
@@ -11,13 +12,13 @@ from engine.errors import Misuse
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device that --device names; auto: a GPU where there is one.
+    """The device that --device names; auto: a GPU where there is one. A GPU with a number becomes torch's current one.
 
     Raises:
-        Misuse: there is no such device.
+        Misuse: there is no such device, or this torch has no kernels for it.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -26,10 +27,23 @@ def chosen_device(name: str) -> torch.device:
         raise Misuse(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose --device cpu, or auto")
     if device.type not in ("cpu", "cuda"):
         raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
+    if device.type == "cuda":
+        _has_kernels(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 
-def set_up(device: torch.device, deterministic: bool, *, same_sizes: bool = True) -> None:
+def _has_kernels(device: torch.device) -> None:
+    """Raises Misuse where this torch was built for newer GPUs only: the first kernel would fail, without naming the cause."""
+    built = [int(found[1]) for kind in torch.cuda.get_arch_list() if (found := re.fullmatch(r"sm_(\d+)[a-z]?", kind))]  # AMD's have other names
+    major, minor = torch.cuda.get_device_capability(device)
+    if built and 10 * major + minor < min(built):
+        raise Misuse(f"--device {device}: this torch ({torch.__version__}) has no kernels for {torch.cuda.get_device_name(device)}, whose compute capability is {major}.{minor}: "
+                     "install one that was built for an older CUDA (README, Two commands), or choose --device cpu")
+
+
+def set_up(device: torch.device, deterministic: bool, *, same_sizes: bool) -> None:
     """torch's own settings for training on `device`.
 
     Args:
@@ -41,16 +55,17 @@ def set_up(device: torch.device, deterministic: bool, *, same_sizes: bool = True
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = same_sizes
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what torch frees on the CPU; elsewhere it does nothing.
+def keep_freed_memory(device: torch.device) -> None:
+    """Has glibc keep what torch frees on the CPU; on a GPU, or where libc is another one, it does nothing.
 
     Every step allocates and frees the same activations, larger than what malloc keeps by itself: each goes back to the
     kernel and comes back zeroed, a page at a time. Keeping them made a ResNet18 step at batch 128 about a fifth shorter.
     """
+    if device.type != "cpu":
+        return
     mmap_max, trim_threshold = -4, -1  # of mallopt(3)
     try:
         libc = ctypes.CDLL("libc.so.6")

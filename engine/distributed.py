@@ -7,8 +7,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 import torch.distributed as dist
 
 from engine.errors import Misuse
+
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, in how many
 
 
 def start(device: torch.device, *, seldom: bool = False) -> torch.device:
@@ -28,10 +32,12 @@ def start(device: torch.device, *, seldom: bool = False) -> torch.device:
             the CPU only, whatever their device: for evaluation. They then wait for each other for up to a day.
 
     Raises:
-        Misuse: more processes than GPUs.
+        Misuse: more processes than GPUs; or another launcher's environment.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return device
+    if missing := [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise Misuse(f"RANK is {os.environ['RANK']} in the environment, and {missing[0]} is missing: start with torchrun, which sets both, or unset RANK")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= (count := torch.cuda.device_count()):
@@ -85,8 +91,12 @@ def world_size() -> int:
 
 
 def cores() -> int:
-    """How many of this machine's processor cores are this process's share."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """How many of this machine's processor cores, or of its container's, are this process's share."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or no limit: "max"
+        quota, period = map(int, QUOTA.read_text().split())
+        found = min(found, -(-quota // period))
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def shard(n: int) -> slice:
@@ -180,9 +190,9 @@ def maximum(value: int, device: torch.device) -> int:
     return int(shared)
 
 
-def agree(value: str, device: torch.device) -> bool:
+def agree(value: bytes, device: torch.device) -> bool:
     """Whether all processes have the same."""
-    key = int(hashlib.sha256(value.encode()).hexdigest()[:15], 16)
+    key = int(hashlib.sha256(value).hexdigest()[:15], 16)
     return maximum(key, device) == -maximum(-key, device)
 
 

@@ -25,6 +25,8 @@ class Failure(Exception):
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Ends the process with one sentence on stderr for every error that a user can meet."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a dagger
     try:
         yield
         print(end="", flush=True)  # what is printed to a file or a pipe leaves only now
@@ -37,20 +39,21 @@ def one_sentence() -> Iterator[None]:
     except MemoryError:
         stop("out of memory: choose a smaller --train-size or --batch-size", 1)
     except (OSError, RuntimeError, EOFError) as error:  # torch reports a full disk as a RuntimeError of its writer
-        if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO) and nobody_reads(sys.stdout):
+        number = getattr(error, "errno", None)
+        if number in (errno.EPIPE, errno.EIO) and nobody_reads(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
             stop("whatever read this program's output has ended (head, for instance), and so the program has; every file is whole: "
                  "run the same command again with its output in a file", 1)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "PytorchStreamWriter" in str(error)
-        if full:
+        if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):  # whichever of torch's two ends notices
+            stop("a process that reads images was killed or cannot send them, most likely for want of memory or of shared memory (/dev/shm, in a container "
+                 "64 MB unless it is started with more, as docker's --shm-size): choose fewer --workers", 1)
+        if number == errno.ENOSPC or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
             stop("no room left on the disk: free some, or choose another --out-dir; the last complete save is intact", 1)
         if isinstance(error, OSError) and error.filename is not None:
             closed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
             stop(f"{error.filename}: {error.strerror}" + "; change its permissions, or choose another directory" * closed, 1)
-        if "DefaultCPUAllocator" in str(error) or getattr(error, "errno", None) == errno.ENOMEM:
+        if "DefaultCPUAllocator" in str(error) or number == errno.ENOMEM:
             stop("out of memory: choose a smaller --batch-size", 1)
-        if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):  # whichever of torch's two ends notices
-            stop("a process that reads images was killed, most likely for want of memory or of shared memory (/dev/shm): choose fewer --workers", 1)
         if isinstance(error, OSError):
             place = traceback.extract_tb(error.__traceback__)[-1]
             stop(f"{error} ({type(error).__name__} in line {place.lineno} of {Path(place.filename).name}), of no file that the system names; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 import attacks
 from engine import checkpoint, distributed, record
 from engine.capture import compiling
-from engine.data import evaluation_generator, to_images
+from engine.data import evaluation_generator, in_ball, to_images
 from engine.errors import Failure, Misuse
 from utils import eval_mode
 
 COLUMNS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "cw", "apgd", "aa")
 """The papers' columns. fgsm: a random start, then one step of eps, as their evaluation script has it; pgdN: one
 restart, a random start; cw: 20 steps of PGD on the margin; apgd: AutoAttack's first attack; aa: all four."""
-AUTOATTACK_COLUMNS = ("apgd", "aa")
+AUTOATTACK_COLUMNS = {"apgd": "apgd-ce", "aa": "square"}  # and the attack after which each stands
 SAVE_EVERY = 60.0  # seconds within one of AutoAttack's attacks, or a batch, whichever is longer
 SQUARE_MAY_TAKE = 0.2  # points; the package has the same flag, but sees one attack at a time here
 
 
 @contextmanager
-def trustworthy():
+def trustworthy() -> Iterator[None]:
     """fp32 means fp32, and nothing that happens here moves anybody else's random numbers.
 
     cuDNN does not look for the fastest convolutions: attacks leave images alone that have fallen, and each number of images would be another search.
@@ -78,7 +78,7 @@ def verdicts(
             images, labels = to_images(part_x.to(device), weight.dtype), part_y.to(device)
 
             def start(name: str) -> Tensor:
-                return eps * (2 * torch.rand(images.shape, generator=starts[name]) - 1).to(device)
+                return in_ball(images.shape, eps, starts[name], device)
 
             def judge(column: str, delta: Tensor | float) -> None:
                 found[column].append((attacks.predict(model, images + delta) == labels).cpu())
@@ -183,7 +183,7 @@ def auto_attack(
                     checkpoint.save(state, path)
             standing = verdict[attack]
             log(f"after {attack}: robust accuracy {record.percent(standing)['value']:.2f} %")
-    return {column: verdict[{"apgd": "apgd-ce", "aa": "square"}[column]] for column in columns if column in AUTOATTACK_COLUMNS}
+    return {column: verdict[attack] for column, attack in AUTOATTACK_COLUMNS.items() if column in columns}
 
 
 def _of_first(rows: dict[str, Tensor], names: Sequence[str], n: int) -> dict[str, Tensor]:

@@ -133,9 +133,6 @@ class _Inert:
 
     origin = ""  # the name that the file asked for
 
-    def __new__(cls, *args: Any, **named: Any) -> _Inert:
-        return object.__new__(cls)
-
     def __init__(self, *args: Any, **named: Any) -> None:
         pass
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line after every epoch, which epoch was the best, and result.json at its end."""
+"""What a run tells of itself: a row for every epoch, and what best.pth and last.pth are."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,14 +15,13 @@ class Journal:
 
     Args:
         measured: whose columns the rows have.
-        averages: whether there is a weight average beside the weights.
 
     Raises:
         Misuse: --tensorboard, and the package is missing.
     """
 
-    def __init__(self, cfg: Config, measured: HeldOut, averages: bool) -> None:
-        self.cfg, self.measured, self.last_weights = cfg, measured, "ema" if averages else "raw"
+    def __init__(self, cfg: Config, measured: HeldOut) -> None:
+        self.cfg, self.measured, self.last_weights = cfg, measured, "ema" if cfg.ema else "raw"
         if cfg.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import; and now, not after an epoch

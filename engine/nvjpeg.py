@@ -23,11 +23,10 @@ def check(device: torch.device) -> None:
     """Raises Misuse where JPEGs cannot be decoded on the device."""
     if device.type != "cuda":
         raise Misuse(f"--decode gpu: this run is on {device}; choose --decode cpu")
-    from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
-
     try:
+        from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
         decode_jpeg([encode_jpeg(torch.zeros((3, 8, 8), dtype=torch.uint8))], ImageReadMode.RGB, device)
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         raise Misuse(f"--decode gpu: this torchvision cannot ({error}); choose --decode cpu") from error
 
 

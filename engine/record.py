@@ -39,7 +39,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Replaces the file whole."""
+    """Replaces the file whole; its folder is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -66,6 +67,11 @@ def write_lines(rows: list[dict[str, Any]], path: Path) -> None:
     write_text("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows), path)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `write_lines` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -85,8 +91,9 @@ def percent_of(value: float, n: int) -> dict[str, Any]:
     return {"value": value, "n": n, "interval": [100 * low, 100 * high]}
 
 
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a binomial proportion k / n (Wilson 1927)."""
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a binomial proportion k / n (Wilson 1927)."""
+    z = 1.959964
     centre = (k + z * z / 2) / (n + z * z)
     half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -125,7 +132,7 @@ def continued(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str
     return source | {"dirty": source["dirty"] or before["dirty"], **({"earlier_commits": list(dict.fromkeys(earlier))} if earlier else {})}
 
 
-def digest_of_file(kind: type) -> str | None:
+def digest_of_script(kind: type) -> str | None:
     """SHA-256 of the file in which a class is defined; None where that is none, as in a notebook."""
     try:
         return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
@@ -140,7 +147,7 @@ def source() -> dict[str, Any]:
     unless they are Python.
     """
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:

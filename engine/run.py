@@ -1,6 +1,7 @@
 """A training run: what a method's script calls, and everything that happens between two of its batches."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -67,24 +68,26 @@ class Run:
         self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
         before = self._saved or {}
         self._source = record.continued(record.source(), before.get("source"))
-        self._script = record.digest_of_file(type(cfg))
+        self._script = record.digest_of_script(type(cfg))
         if before.get("script", self._script) != self._script and distributed.rank() == 0:
             print(f"warning: {self.out_dir}/state.pth was saved by another version of this script, and the run goes on with this one; "
                   "--resume never starts it again from the beginning", file=sys.stderr)
         if distributed.maximum(int(self._saved is not None), self.device) and self._saved is None:
             raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
                           "--out-dir must lie where all machines see it")
-        if not distributed.agree(repr(before.get("position")), self.device):
+        if not distributed.agree(repr(before.get("position")).encode(), self.device):
             raise Failure(f"process {distributed.rank()}: not all processes find the same {self.out_dir}/state.pth: start again when all machines see the newest")
         set_up(self.device, cfg.deterministic, same_sizes=cfg.SAME_SIZES)
 
+        self._began = time.perf_counter()
         self._prepare_data()
         if before.get("data", self._identity) != self._identity:
             raise Misuse(f"--data-dir {cfg.data_dir}: {self.out_dir}/state.pth was saved with other training images of {cfg.dataset}: give the same, "
                          "or --resume never to start again, or another --out-dir")
         torch.manual_seed(cfg.seed)
         self._autocast = networks.autocast_dtype(cfg, self.device)
-        self.network = self._build()
+        self.network = networks.build(cfg, self.dataset, self.device, cfg.arch, cfg.width)
+        self.average = copy.deepcopy(self.network) if cfg.ema else None
         machines = before.get("machines", [])
         if machines and machines[-1]["precision"] != self.precision:
             raise Misuse(f"{self.out_dir}/state.pth was trained in {machines[-1]['precision']}, and here it would go on in {self.precision}: "
@@ -95,9 +98,6 @@ class Run:
         self.model = networks.seen_by_scripts(self.network, cfg, self._autocast)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)
-        self.average = self._build() if cfg.ema else None
-        if self.average is not None:
-            self.average.load_state_dict(self.network.state_dict())
 
         self._position = Position()
         self._inside, self._away = False, False  # in a captured step; the weights moved
@@ -108,7 +108,7 @@ class Run:
         self._generator = torch.Generator(self.device)
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("loss", "correct", "seen")}
         self._guard = Guard(cfg.co_guard, self._held_out.columns)
-        self._journal = Journal(cfg, self._held_out, averages=bool(cfg.ema))
+        self._journal = Journal(cfg, self._held_out)
         self._captures = cfg.compile and capture.possible(self.device) and distributed.world_size() == 1
         self._finite = Finite(cfg.on_nonfinite == "skip", self._updates_per_epoch, self.device,
                               deferred=self.device.type == "cuda" or self._captures, last_save=self.out_dir / "state.pth")
@@ -274,6 +274,9 @@ class Run:
             unfinished = self.epoch < self.cfg.epochs or not (self.out_dir / "result.json").is_file()
             if distributed.maximum(int(unfinished), self.device):  # the first process may write it while another one looks
                 self._write_config(fresh)
+                if distributed.rank() == 0:
+                    here = self._machines[-1]
+                    print(f"{self.cfg.METHOD}: {self.cfg.arch} on {self.cfg.dataset}, in {here['precision']} on {here['device']}, torch {here['torch']}", flush=True)
                 self._guard.begin(self, fresh)
                 while self.epoch < self.cfg.epochs:
                     yield from self._epoch()
@@ -465,11 +468,10 @@ class Run:
     # ---- what goes on inside ------------------------------------------------------------------------------------
 
     def _prepare_data(self) -> None:
-        self._began = time.perf_counter()
         cfg = self.cfg
         with distributed.first_process_first():
             self.dataset = data.load(cfg.dataset, cfg.data_dir, cfg.image_size)
-        if not distributed.agree(hashlib.sha256(self.dataset.y_train.tobytes()).hexdigest(), self.device):
+        if not distributed.agree(self.dataset.y_train.tobytes(), self.device):
             raise Failure(f"process {distributed.rank()}: the training images of {cfg.dataset} in {cfg.data_dir} are not as many, or not of the same classes, for all "
                           "processes: give all machines the same files")
         if self.dataset.streamed:
@@ -489,9 +491,6 @@ class Run:
         else:
             self._data = data.Batches(
                 x, y, pad=self.dataset.pad if crop else 0, flip=self.dataset.flip and crop, padding=cfg.padding, **shared)
-
-    def _build(self) -> nn.Module:
-        return networks.build(self.cfg, self.dataset, self.device, self.cfg.arch, self.cfg.width)
 
     def _noise(self, x: Tensor, fill) -> Tensor:
         noise = torch.empty((self._global_batch, *x.shape[1:]), dtype=x.dtype, device=x.device)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 MOMENTUM = 0.9
+DECAYS = (100 / 110, 105 / 110)  # the FGSM-SDI and FGSM-PGI papers', as parts of the run
 
 
 class Rates(NamedTuple):
@@ -16,8 +17,8 @@ class Rates(NamedTuple):
     momentum: float
 
 
-def multistep(step: int, total: int, per_epoch: int, decays: Sequence[float] = (100 / 110, 105 / 110)) -> Rates:
-    """x0.1 at each of `decays`, which are parts of the run: by default those of the FGSM-SDI and FGSM-PGI papers."""
+def multistep(step: int, total: int, per_epoch: int, decays: Sequence[float] = DECAYS) -> Rates:
+    """x0.1 at each of `decays`, which are parts of the run."""
     return Rates(0.1 ** sum(step >= round(total * decay) for decay in decays), MOMENTUM)
 
 

@@ -83,10 +83,9 @@ def downloaded(name: str, path: Path) -> Arrays:
     """From torchvision's data set, whose files lie in or are downloaded to the folder of `path`."""
     from torchvision import datasets
 
-    source = getattr(datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "gtsrb": "GTSRB"}[name])
+    source = getattr(datasets, name.upper())
     print(f"{path} is not there: making it from torchvision's {source.__name__}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         parts = {part: source(path.parent, download=True, **({"train": part == "train"} if name.startswith("cifar") else {"split": part}))
                  for part in ("train", "test")}
     except Exception as error:  # torchvision raises many kinds, from URLError to RuntimeError

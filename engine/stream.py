@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms import RandomResizedCrop, functional
 
 from engine import data, distributed, images, nvjpeg
@@ -67,6 +67,7 @@ class Batches:
         crops = dataclasses.replace(self.crops, epoch=epoch)
         loader = DataLoader(
             crops, batch_size=None, sampler=[part.numpy() for part in parts], num_workers=self.workers, worker_init_fn=_settle,
+            multiprocessing_context="fork" if self.workers else None,  # else, from Python 3.14 on, every worker imports torch anew in each epoch
             pin_memory=self.device.type == "cuda" and not crops.encoded, generator=torch.Generator())  # its own: torch's is left alone
         for found, part in zip(loader, parts):
             if isinstance(found, str):
@@ -94,8 +95,8 @@ class Crops:
         """(B, size, size, 3) uint8, or what `nvjpeg.decoded` makes it of; or, instead of raising Failure, its sentence."""
         try:
             if self.encoded:
-                return nvjpeg.encoded(self, index)
-            found = torch.empty((len(index), self.size, self.size, 3), dtype=torch.uint8)
+                return tuple(map(shared, nvjpeg.encoded(self, index)))
+            found = shared(torch.empty((len(index), self.size, self.size, 3), dtype=torch.uint8))
             for row, i in zip(found.numpy(), index):
                 row[...] = self.pixels(i)
             return found
@@ -116,11 +117,15 @@ class Crops:
 
     def drawn(self, i: int, image: Image.Image) -> tuple[tuple[int, int, int, int], bool]:
         """The random box (top, left, height, width) of image i, and whether it is mirrored; no pixel is looked at."""
-        stream = data.seeded(self.seed, data.CROP, self.epoch, int(i))
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-            torch.default_generator.manual_seed(stream.initial_seed())
+            torch.default_generator.manual_seed(data.stream_seed(self.seed, data.CROP, self.epoch, int(i)))
             mirror = bool(torch.rand(()) < 0.5)
             return RandomResizedCrop.get_params(image, SCALE, RATIO), mirror
+
+
+def shared(tensor: Tensor) -> Tensor:
+    """The tensor, in a worker process already in the memory through which it is sent: where that is full, it is the worker's own error, of which the run hears."""
+    return tensor.share_memory_() if get_worker_info() else tensor
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:

@@ -6,12 +6,11 @@ again: with --results results/, where the measured runs lie that README shows, o
 """
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine import distributed
 from engine.config import Parser, numbers
 from engine.data import load
 from engine.errors import Failure, Misuse, one_sentence
@@ -82,7 +81,7 @@ def job(demo: Demo, label: str, seed: int, output: Path, results: Path) -> Job:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("name", choices=DEMOS)
     parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
     parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", help="some of the methods, as in the table or as in file names, with commas between them (default: all of the demo)")
     parser.add_argument("--seeds", help="as 0,1,2 (default: the demo's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: the number of cores)")
+    parser.add_argument("--jobs", type=int, default=distributed.cores(), help="processes at a time (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise Misuse(f"--jobs {args.jobs}: must be at least 1")
@@ -104,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = [known[plain(name)] for name in wanted]
     seeds = [int(seed) for seed in numbers("seeds", args.seeds)] if args.seeds else demo.seeds
     jobs = [job(demo, label, seed, output, results) for seed in seeds for label in labels]
-    print(f"{len(jobs)} runs, {args.jobs} processes at a time; their files are in {output}", flush=True)
+    print(f"runs: {len(jobs)}, {args.jobs} at a time; their files are in {output}", flush=True)
     failed, unfinished = do_all(jobs, Path(args.data_dir), [args.device] * args.jobs)
     minutes = (time.perf_counter() - began) / 60
     runs = show.read(results)
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + show.table(runs, markdown=False) + f"\n\n{show.legend(runs)}".rstrip())
         (show.curves if len(runs) < 8 else show.panels)(runs, results / "curves")
         print(f"\nfigure: {results}/curves.png; results: {results}/*.json")
-    print(f"{minutes:.1f} minutes on {os.cpu_count()} cores")
+    print(f"{minutes:.1f} minutes on {distributed.cores()} cores")
     if failed or unfinished:
         raise Failure("; ".join([*failed, *unfinished]))
 

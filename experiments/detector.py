@@ -8,7 +8,6 @@ exceeds 15 %) and at least 10 points below FGSM's. The methods are split for goo
 """
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -20,7 +19,7 @@ from engine import guard, record
 from engine.config import Parser
 from engine.errors import Misuse, one_sentence
 
-RESULT = Path(__file__).resolve().parent.parent / "results" / "detector" / "curves.json"
+RESULT = record.ROOT / "results" / "detector" / "curves.json"
 IMAGES = {"cifar10": 1000, "cifar100": 1000, "tiny-imagenet": 2000}  # held out there: the smallest number of which all accuracies are multiples
 LISTS = ("model_fgsm_acc_list", "model_pgd_acc_list", "model_val_acc_list", "train_acc_list")
 KEYS = ("dataset", "method", "seed", *LISTS)
@@ -99,12 +98,11 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--curves", type=Path, required=True, help="the curves")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the report goes")
     arguments = parser.parse_args(argv)
     found = report(read(arguments.curves)) | record.provenance(torch.device("cpu"), "fp64", record.source())
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json(found, arguments.out)
     print(table(found))
 

@@ -21,7 +21,6 @@ from engine import distributed, record
 from engine.config import Parser
 from engine.errors import Failure, one_sentence
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTING = dict(dataset="digits", device="cpu", width=4, train_size=29, val_size=4, batch_size=7, epochs=2, measure="pgd10", batchnorm="global")
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {  # of methods whose flags change what couples the batch
     "awp": {"": {}, "--base trades": {"base": "trades"}},
@@ -34,7 +33,7 @@ SMALL = {  # so that ten updates show the whole method, and soon
     **{name: {"steps": 3} for name in ("awp", "fat", "mart", "pgd_at", "trades")},
 }
 RUNS = {f"{name} {flags}".strip(): (f"train_{name}", SMALL.get(name, {}) | options)
-        for name in sorted(path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py"))
+        for name in sorted(path.stem.removeprefix("train_") for path in record.ROOT.glob("train_*.py"))
         for flags, options in VARIANTS.get(name, {"": {}}).items()}
 
 
@@ -59,10 +58,10 @@ def torchrun(*command: str, count: int = 2) -> subprocess.Popen:
     """So many processes of a Python command on this machine; their output is one stream."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command], text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        env={**os.environ, "PYTHONPATH": str(record.ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def outcome(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+def outcome(process: subprocess.Popen, seconds: float | None = None) -> tuple[int, str]:
     """The status and the output of `torchrun`'s processes.
 
     Raises:
@@ -99,8 +98,8 @@ def compared(one: Path, other: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "processes" / "equality.json")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=record.ROOT / "results" / "processes" / "equality.json")
     parser.add_argument("--train-in", type=Path, help=argparse.SUPPRESS)  # as one of two processes
     arguments = parser.parse_args(argv)
     if arguments.train_in:
@@ -109,13 +108,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         one, two = Path(directory, "1"), Path(directory, "2")
         train_all(one)
-        process = torchrun("-m", "experiments.processes", "--train-in", str(two))
-        print(process.communicate()[0])
-        if process.returncode:
+        status, output = outcome(torchrun("-m", "experiments.processes", "--train-in", str(two)))
+        print(output)
+        if status:
             raise Failure("two processes ended early, as said above")
         report = {"setting": SETTING, "dtype": "float64", "runs": {label: compared(one / label, two / label) for label in RUNS},
                   **record.provenance(torch.device("cpu"), "float64", code)}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record.write_json(report, arguments.out)
     print(f"{arguments.out}: the largest relative difference is {max(max(run['kept'].values()) for run in report['runs'].values()):.0e}")
 

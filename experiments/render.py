@@ -4,19 +4,16 @@ Only from the JSON files of results/, and only when all of them come from clean 
 """
 from __future__ import annotations
 
-import argparse
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from engine import record
 from engine.config import Parser
 from engine.errors import Failure, one_sentence
 from experiments import detector, show, side_by_side, tables
 
-ROOT = Path(__file__).resolve().parent.parent
 FORWARD = 1.11e9  # operations of ResNet18's forward pass on a CIFAR image
 
 
@@ -41,26 +38,20 @@ def measured(*parts: str) -> dict[str, Any] | None:
     Raises:
         Failure: it comes from a tree that differs from its commit.
     """
-    path = ROOT.joinpath("results", *parts)
+    path = record.ROOT.joinpath("results", *parts)
     if not path.is_file():
         return None
-    report = json.loads(path.read_text())
+    report = record.read_json(path)
     if report["dirty"]:
         raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
     return report
-
-
-def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    columns = list(columns)
-    return "\n".join(["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1), *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def demo(*names: str) -> str:
     """The table of one or several demos of the same setting in Markdown, and what it was measured on."""
     runs: show.Runs = {}
     for name in names:
-        found = show.read(ROOT / "results" / f"demo-{name}")
+        found = show.read(record.ROOT / "results" / f"demo-{name}")
         if found and show.is_dirty(found):
             raise Failure(f"results/demo-{name} holds numbers from a tree that differs from its commit: measure them again")
         runs |= found
@@ -68,7 +59,8 @@ def demo(*names: str) -> str:
         return NOTHING
     facts = [show.facts(run) for several in runs.values() for run in several]
     seeds = sorted({len(several) for several in runs.values()})
-    spread = {1: "with 95 % intervals"}.get(seeds[-1], "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else ""))
+    over_seeds = "mean (lowest to highest) over seeds" + (", the 95 % interval of a single one" if seeds[0] == 1 else "")
+    spread = over_seeds if seeds[-1] > 1 else "with 95 % intervals"
     count = (f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}") + (" seeds" if seeds[-1] > 1 else " seed")
     on = {key: sorted({fact[key] for fact in facts}) for key in ("precision", "torch")} | {
         key: sorted(set().union(*(fact[key] for fact in facts))) for key in ("devices", "commits")}
@@ -81,7 +73,7 @@ def demo(*names: str) -> str:
 def gaps(name: str) -> str:
     """PGD-50 minus AutoAttack on the same images, per method and checkpoint."""
     rows = []
-    for label, several in show.read(ROOT / "results" / f"demo-{name}").items():
+    for label, several in show.read(record.ROOT / "results" / f"demo-{name}").items():
         for checkpoint, evaluation in several[0]["evaluations"].items():
             metrics = evaluation["metrics"]
             rows.append(f"{label} {checkpoint} {metrics['pgd50']['value'] - metrics['aa']['value']:.1f}")
@@ -92,24 +84,24 @@ def fidelity() -> str:
     """The largest differences from the published code, in Markdown: a row per run."""
     quantities = {"weights": "classifier weights", "BatchNorm buffers": "classifier buffers", "momentum buffers": "classifier optimizer momentum_buffer",
                   "generator": "generator weights", "lr": "classifier lr", "momentum": "classifier momentum", "loss": "classifier loss"}
-    lines = ["| comparison | run | steps | " + " | ".join(quantities) + " |", "| --- | --- | ---: |" + " ---: |" * len(quantities)]
+    rows = []
     sources: dict[str, set[str]] = {}  # our commits, and the published ones, which several methods may share, that each ran beside
-    for path in sorted((ROOT / "results" / "fidelity").glob("*.json")):
-        report = json.loads(path.read_text())
+    for path in sorted((record.ROOT / "results" / "fidelity").glob("*.json")):
+        report = record.read_json(path)
         if report["ours"]["dirty"]:
             raise Failure(f"{path} comes from a tree that differs from its commit: measure it again")
         for name, run in report["runs"].items():
             found = run["largest_differences"]
             values = [found[key]["relative"]["value"] if key in found else None for key in quantities.values()]
             cells = ["" if value is None else f"{value:.0e}" if value else "0" for value in values]
-            lines.append(f"| {path.stem} ({report['ours']['script']}) | {name}: {run['what']} | {run['steps']} | " + " | ".join(cells) + " |")
+            rows.append([f"{path.stem} ({report['ours']['script']})", f"{name}: {run['what']}", str(run["steps"]), *cells])
         published = report["published"]
         source = f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}"
         sources.setdefault(report["ours"]["commit"][:10], set()).add(source)
     if not sources:
         return NOTHING
     beside = "; ".join(f"ours at {commit} beside {', '.join(sorted(published))}" for commit, published in sorted(sources.items()))
-    return "\n".join(lines) + f"\n\nLargest relative difference over all steps: {beside}; torch {report['torch']}, float64, CPU."
+    return show.grid(["comparison", "run", "steps", *quantities], rows) + f"\n\nLargest relative difference over all steps: {beside}; torch {report['torch']}, float64, CPU."
 
 
 def processes() -> str:
@@ -133,12 +125,12 @@ SMALL = {"II": None, "III": None, "IV": None, "V": None, "VII": None, "VIII": "c
 
 def small(name: str) -> str:
     """What has been measured of a published table at scale small, in Markdown."""
-    return side_by_side.rendered(tables.find(name, SMALL[name]), tables.SCALES["small"], ROOT / "results" / "tables", "markdown", 1.0, only_measured=True)
+    return side_by_side.rendered(tables.find(name, SMALL[name]), tables.SCALES["small"], record.ROOT / "results" / "tables", "markdown", 1.0, only_measured=True)
 
 
 def full() -> str:
     """What has been measured of all published tables at the scales full and quick, in Markdown."""
-    results = ROOT / "results" / "tables"
+    results = record.ROOT / "results" / "tables"
     found = [(table, scale) for scale in ("full", "quick") for several in tables.TABLES.values() for table in several
              if any(side_by_side.measured(table, row, tables.SCALES[scale], results)[0] for row in table.rows)]
     return "\n\n".join(side_by_side.rendered(table, tables.SCALES[scale], results, "markdown", 1.0, only_measured=True) for table, scale in found) or NOTHING
@@ -146,13 +138,13 @@ def full() -> str:
 
 def cpu() -> str:
     """The CPU step's ratios, in Markdown: a column per machine."""
-    reports = [measured("benchmarks", path.name) for path in sorted((ROOT / "results" / "benchmarks").glob("cpu-step*.json"), reverse=True)]
+    reports = [measured("benchmarks", path.name) for path in sorted((record.ROOT / "results" / "benchmarks").glob("cpu-step*.json"), reverse=True)]
     if not reports:
         return NOTHING
     names = dict.fromkeys(name for report in reports for name in report["variants"])
     rows = [[name, *(f"{row['images_per_second']:.1f} ({row['ours_faster_by']:.2f})" if (row := report["variants"].get(name)) else "" for report in reports)]
             for name in names]
-    return (markdown(["one FGSM-SDI step, ResNet18, batch 128", *(f"{report['threads']} threads" for report in reports)], rows)
+    return (show.grid(["one FGSM-SDI step, ResNet18, batch 128", *(f"{report['threads']} threads" for report in reports)], rows, text=1)
             + "\n\nImages per second (how many times as fast ours is in fp32); "
             + "; ".join(f"{report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}, median of {report['rounds']} rounds in which all take turns"
                         for report in reports) + ".")
@@ -161,7 +153,7 @@ def cpu() -> str:
 def throughput() -> str:
     """Images per second of every method, in Markdown: a table per device and set of flags."""
     parts = []
-    for path in sorted((ROOT / "results" / "benchmarks").glob("throughput*.json")):
+    for path in sorted((record.ROOT / "results" / "benchmarks").glob("throughput*.json")):
         report = measured("benchmarks", path.name)
         rows = report["rows"].values()
         for row in rows:
@@ -177,7 +169,7 @@ def throughput() -> str:
             "times published FGSM-SDI": ("times_the_published_fgsm_sdi", 1, ".2f")}
         cells = {title: [format(times * row[key], form) if key in row else "" for row in rows] for title, (key, times, form) in columns.items()}
         cells = {title: found for title, found in cells.items() if any(found)}
-        parts.append(markdown(["method", *cells], zip(report["rows"], *cells.values())) + f"\n\nResNet18, batch 128, real CIFAR-10 images"
+        parts.append(show.grid(["method", *cells], list(zip(report["rows"], *cells.values())), text=1) + f"\n\nResNet18, batch 128, real CIFAR-10 images"
                      f"{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
                      f"after {report['warm_up']}; {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
     return "\n\n".join(parts) or NOTHING
@@ -194,8 +186,8 @@ def autoattack() -> str:
     cells = {first: [f"{found['accuracy']:.0f} %" for found in columns.values()]} | {
         label: [f"{found['differ']} ({found['accuracy']:.0f} %)" for found in report["evaluations"][label]["columns"].values()] for label in others}
     evaluations = [[label, *several, f"{report['evaluations'][label]['processor_seconds']:.0f}"] for label, several in cells.items()]
-    return (markdown(["attack", "images", "left standing", "forward passes an image", "image gradients", "weight gradients", "batch filled", "processor seconds"], costs)
-            + "\n\n" + markdown(["evaluation", *columns, "processor seconds"], evaluations)
+    return (show.grid(["attack", "images", "left standing", "forward passes an image", "image gradients", "weight gradients", "batch filled", "processor seconds"], costs, text=1)
+            + "\n\n" + show.grid(["evaluation", *columns, "processor seconds"], evaluations, text=1)
             + f"\n\n{report['arch']} by {report['method']} on the digits, epsilon {report['epsilon']:g}/255. Above: the first {report['images_counted']} test "
             f"images, passes per image, processor time of all. Below: {report['n']} test images, verdicts that are not those of the first row, (robust accuracy). "
             f"{report['device']}, one thread, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
@@ -226,7 +218,7 @@ def second_derivative() -> str:
         "peak memory, of the same": (lambda row, double: row["peak_memory_bytes"] / double["peak_memory_bytes"], ".2f")}
     rows = [[form, *(span(form, *column) for column in columns.values())] for form in cases[0]]
     loss = [row["bf16"]["one_minus_cosine"] for row in report["loss"].values()]
-    return (markdown(["form", *columns], rows) + f"\n\n{' and '.join(report['rows'])}, width {report['width']}, batch {report['batch_size']}, both penalties, lowest to highest; of a difference the best of its steps. "
+    return (show.grid(["form", *columns], rows, text=1) + f"\n\n{' and '.join(report['rows'])}, width {report['width']}, batch {report['batch_size']}, both penalties, lowest to highest; of a difference the best of its steps. "
             f"1 - cosine of the loss's own gradient in bf16: {min(loss):.0e} to {max(loss):.0e}. {report['device']}, {report['threads']} "
             f"thread{'s' if report['threads'] > 1 else ''}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
 
@@ -243,12 +235,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(description=__doc__).parse_args(argv)
     for page, contents in PAGES.items():
-        text = (ROOT / page).read_text()
+        text = (record.ROOT / page).read_text(encoding="utf-8")
         for name, content in contents.items():
             text = between(text, name, content())
-        (ROOT / page).write_text(text)
+        record.write_text(text, record.ROOT / page)
         print(f"{page}: {', '.join(contents)}")
 
 

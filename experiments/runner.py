@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import os
 import signal
@@ -27,8 +26,6 @@ from engine import distributed, record
 from engine.checkpoint import MAY_CHANGE
 from engine.config import spelled
 from engine.errors import Failure, Misuse
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class TimeLimit:
@@ -169,7 +166,7 @@ class Job:
         output = self.folder / "output.log"
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as log:
-            status = limit.run([sys.executable, str(ROOT / command[0]), *command[1:]], grace, stdout=log, stderr=subprocess.STDOUT,
+            status = limit.run([sys.executable, str(record.ROOT / command[0]), *command[1:]], grace, stdout=log, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
         if is_done():
             print(f"  {self.name}: {what} done in {time.monotonic() - began:.0f} s", flush=True)
@@ -182,9 +179,7 @@ class Job:
         """One small JSON of everything that was measured, evaluations of other checkpoints that it held before among them."""
         found = {name: record.read_json(self._evaluated(name) / "evaluation.json") for name in self._distinct()}
         before = record.read_json(self.result)["evaluations"] if self.result.is_file() else {}
-        log = (self.folder / "log.jsonl").read_text().splitlines()
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json({"label": self.label, "run": record.read_json(self.folder / "result.json"), "log": [json.loads(line) for line in log],
+        record.write_json({"label": self.label, "run": record.read_json(self.folder / "result.json"), "log": record.read_lines(self.folder / "log.jsonl"),
                            "evaluations": before | {name: found.get(name, found.get("best")) for name in self.checkpoints}}, self.result)
 
 

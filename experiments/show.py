@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def read(folder: Path) -> Runs:
 
 def is_dirty(runs: Runs) -> bool:
     """Whether any number comes from a tree that differs from its commit: such a table is never put into the README."""
-    return any(part["dirty"] for several in runs.values() for run in several for part in parts(run))
+    return any(dirty(run) for several in runs.values() for run in several)
 
 
 def table(runs: Runs, markdown: bool) -> str:
@@ -46,14 +47,14 @@ def table(runs: Runs, markdown: bool) -> str:
     return grid(heading, rows, markdown)
 
 
-def grid(heading: list[str], rows: list[list[str]], markdown: bool) -> str:
-    """A table whose first two columns are text and whose others are numbers, in Markdown or for a terminal."""
+def grid(heading: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = True, text: int = 2) -> str:
+    """A table whose first `text` columns are text and whose others are numbers, in Markdown or for a terminal."""
     if markdown:
-        lines = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2), *rows]
+        lines = [heading, ["---"] * text + ["---:"] * (len(heading) - text), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(len(line[i]) for line in (heading, *rows)) for i in range(len(heading))]
-    return "\n".join("  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
-                     for line in (heading, *rows))
+    lines = [heading, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(value.ljust(width) if i < text else value.rjust(width) for i, (value, width) in enumerate(zip(line, widths))) for line in lines)
 
 
 def doubt(several: list[dict[str, Any]], checkpoint: str) -> str:
@@ -91,6 +92,16 @@ def parts(result: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return result["run"], *result["evaluations"].values()
 
 
+def dirty(result: dict[str, Any]) -> bool:
+    """Whether any of its numbers comes from a tree that differs from its commit."""
+    return any(part["dirty"] for part in parts(result))
+
+
+def held_out(result: dict[str, Any], column: str) -> str:
+    """Under which name its log has an accuracy on the images that pick best.pth."""
+    return f"{result['run']['config']['select_on']}_{column}"
+
+
 def commits(result: dict[str, Any]) -> set[str]:
     """Of its training and of its evaluations, the first ten digits."""
     return {str(commit)[:10] for part in parts(result) for commit in (part["commit"], *part.get("earlier_commits", ()))}
@@ -115,9 +126,8 @@ def curves(runs: Runs, path: Path) -> None:
     for axis, (column, title) in zip(axes, panels.items()):
         for label, several in runs.items():
             colour, line = STYLES.get(label, ("#777777", "-"))
-            split = several[0]["run"]["config"]["select_on"]
             epochs = [row["epoch"] for row in several[0]["log"]]
-            values = list(zip(*([row[f"{split}_{column}"] for row in run["log"]] for run in several)))
+            values = list(zip(*([row[held_out(run, column)] for row in run["log"]] for run in several)))
             axis.plot(epochs, [statistics.mean(v) for v in values], linestyle=line, color=colour, label=label, linewidth=1.8)
             if len(several) > 1:
                 axis.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
@@ -144,8 +154,7 @@ def panels(runs: Runs, path: Path) -> None:
     for axis, (label, several) in zip(axes.flat, runs.items()):
         for column, (name, colour, line) in lines.items():
             for run in several:
-                key = f"{run['run']['config']['select_on']}_{column}"
-                axis.plot([row["epoch"] for row in run["log"]], [row[key] for row in run["log"]], linestyle=line, color=colour,
+                axis.plot([row["epoch"] for row in run["log"]], [row[held_out(run, column)] for row in run["log"]], linestyle=line, color=colour,
                           linewidth=1.3, label=name if run is several[0] else None)
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=8)

@@ -11,10 +11,8 @@ from typing import Any
 from engine import record
 from engine.card import MARK
 from experiments import tables
-from experiments.show import HEADINGS, commits, devices, doubt, grid, parts
+from experiments.show import HEADINGS, commits, devices, dirty, doubt, grid
 from experiments.tables import Row, Scale, Table
-
-SEEDS = range(100)  # as many as a table is ever looked up for
 
 
 @dataclass
@@ -60,9 +58,8 @@ class Line:
 
 def measured(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[dict[str, Any]], int]:
     """The JSON of a row's seeds, and how many more there are that come from a tree that differs from its commit: those do not count."""
-    paths = [table.job(row, seed, scale, Path(), results).result for seed in SEEDS] if row.command else []
-    runs = [record.read_json(path) for path in paths if path.is_file()]
-    clean = [run for run in runs if not any(part["dirty"] for part in parts(run))]
+    runs = [record.read_json(job.result) for job in table.done(row, scale, Path(), results)]
+    clean = [run for run in runs if not dirty(run)]
     return clean, len(runs) - len(clean)
 
 

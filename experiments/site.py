@@ -41,7 +41,7 @@ def page(measured_tables: Path) -> str:
     measured = sum(row["source"] == "ours" for row in rows)
     data = {"columns": COLUMNS, "rows": rows, "curves": curves, "figures": figures,
             "made": f"{measured} measured and {len(rows) - measured} published rows; made by reproduce.py site."}
-    return TEMPLATE.read_text().replace("__DATA__", json.dumps(data).replace("</", "<\\/"))
+    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", json.dumps(data).replace("</", "<\\/"))
 
 
 def _rows(name: str, dataset: str, scale: str, line: side_by_side.Line) -> list[dict[str, Any]]:
@@ -76,9 +76,6 @@ def _demo_rows(demo: str, label: str, several: list[dict[str, Any]]) -> list[dic
 
 def _curves(title: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The held-out accuracies over the epochs that all these runs measured."""
-    def key(run: dict[str, Any], column: str) -> str:
-        return f"{run['run']['config']['select_on']}_{column}"
-
-    panels = {column: text for column, text in PANELS.items() if all(key(run, column) in row for run in runs.values() for row in run["log"])}
+    panels = {column: text for column, text in PANELS.items() if all(show.held_out(run, column) in row for run in runs.values() for row in run["log"])}
     return {"title": title, "panels": panels,
-            "runs": [{"name": name, "values": {column: [round(row[key(run, column)], 2) for row in run["log"]] for column in panels}} for name, run in runs.items()]}
+            "runs": [{"name": name, "values": {column: [round(row[show.held_out(run, column)], 2) for row in run["log"]] for column in panels}} for name, run in runs.items()]}

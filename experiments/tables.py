@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engine.errors import Misuse
 from experiments.runner import Job
 
 Flags = tuple[str, ...]
+SEEDS = range(100)  # as many as a table is ever looked up for
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Row:
     """method, variant: as the paper has them. command: script and the row's own flags, or nothing where it is not offered here."""
 
     method: str
-    variant: str = ""
     command: Flags = ()
+    variant: str = ""
     epsilon: str = "8"
 
     @property
@@ -59,6 +61,22 @@ class Table:
             evaluation, kind = (*evaluation, "--attacks", ",".join(self.columns)), "-" + "-".join(self.columns)
         return Job(row.name, seed, command, evaluation, self.checkpoints, output / ("small" if scale.shrunk else "full") / name,
                    results / scale.name / f"{name}{kind}.json", ("-quick" if scale.name == "quick" else "") + kind)
+
+    def done(self, row: Row, scale: Scale, output: Path, results: Path) -> list[Job]:
+        """The row's runs whose JSON is there, by seed."""
+        jobs = [self.job(row, seed, scale, output, results) for seed in SEEDS] if row.command else []
+        return [job for job in jobs if job.result.is_file()]
+
+    def offered(self, names: Sequence[str] = ()) -> dict[str, Row]:
+        """The rows that have a command: those named, or all.
+
+        Raises:
+            Misuse: one that is named has none.
+        """
+        rows = {row.name: row for row in self.rows if row.command}
+        if unknown := [name for name in names if name not in rows]:
+            raise Misuse(f"the table \"{self.title}\" offers {', '.join(rows)}, not {unknown[0]}: choose with --rows, or another table")
+        return {name: rows[name] for name in names or rows}
 
     def published(self, row: Row, checkpoint: str) -> dict[str, float]:
         """The row's published accuracies in percent, and minutes, of those that the paper gives."""
@@ -124,26 +142,26 @@ TINY = (*ON_TEST, "--augment", "none")  # as the published Tiny ImageNet scripts
 BENCHMARK = ("--epochs", "100", "--lr", "0.1", "--lr-schedule", "onecycle", "--ema", "0.9995", "--val-size", "1000")
 
 SDI, SDI_PAPER = "train_fgsm_sdi.py", "FGSM-SDI"
-PGD_AT, FGSM_RS = Row("PGD-AT", "", ("train_pgd_at.py",)), Row("FGSM-RS", "", ("train_fgsm_rs.py",))
-CKPT, GA = Row("FGSM-CKPT", "", ("train_fgsm_ckpt.py",)), Row("FGSM-GA", "", ("train_fgsm_ga.py",))
-FREE, FGSM_SDI = Row("Free-AT(m=8)", "", ("train_free_at.py", "--replays", "8")), Row("FGSM-SDI", "", (SDI, "--k", "20"))
-HARD_LABELS = Row("FGSM-SDI", "label factor 1", (*FGSM_SDI.command, "--label-factor", "1"))  # the paper's other reading
-NUAT, GAT = Row("NuAT", "", ("train_nuat.py",)), Row("GAT", "", ("train_gat.py",))
-BP, EP, MEP = (Row(f"FGSM-{name.upper()}", "", (f"train_fgsm_{name}.py",)) for name in ("bp", "ep", "mep"))
+PGD_AT, FGSM_RS = Row("PGD-AT", ("train_pgd_at.py",)), Row("FGSM-RS", ("train_fgsm_rs.py",))
+CKPT, GA = Row("FGSM-CKPT", ("train_fgsm_ckpt.py",)), Row("FGSM-GA", ("train_fgsm_ga.py",))
+FREE, FGSM_SDI = Row("Free-AT(m=8)", ("train_free_at.py", "--replays", "8")), Row("FGSM-SDI", (SDI, "--k", "20"))
+HARD_LABELS = Row("FGSM-SDI", (*FGSM_SDI.command, "--label-factor", "1"), "label factor 1")  # the paper's other reading
+NUAT, GAT = Row("NuAT", ("train_nuat.py",)), Row("GAT", ("train_gat.py",))
+BP, EP, MEP = (Row(f"FGSM-{name.upper()}", (f"train_fgsm_{name}.py",)) for name in ("bp", "ep", "mep"))
 SIX = (PGD_AT, FGSM_RS, CKPT, GA, FREE, FGSM_SDI)
-TRADES, FAT = Row("TRADES", "", ("train_trades.py",)), Row("FAT", "", ("train_fat.py",))
-GAIRAT, AWP, LBGAT = Row("GAIRAT", "", ("train_gairat.py",)), Row("AWP", "", ("train_awp.py",)), Row("LBGAT", "", ("train_lbgat.py", "--beta", "6"))
-LAS_AT = Row("LAS-AT", "", ("train_las_at.py",))
-LAS_TRADES = Row("LAS-TRADES", "", ("train_las_at.py", "--base", "trades", "--epochs", "100"))
-LAS_TRADES_TINY = Row("LAS-TRADES", "", ("train_las_at.py", "--base", "trades"))  # 110 epochs, as its published command has them
+TRADES, FAT = Row("TRADES", ("train_trades.py",)), Row("FAT", ("train_fat.py",))
+GAIRAT, AWP, LBGAT = Row("GAIRAT", ("train_gairat.py",)), Row("AWP", ("train_awp.py",)), Row("LBGAT", ("train_lbgat.py", "--beta", "6"))
+LAS_AT = Row("LAS-AT", ("train_las_at.py",))
+LAS_TRADES = Row("LAS-TRADES", ("train_las_at.py", "--base", "trades", "--epochs", "100"))
+LAS_TRADES_TINY = Row("LAS-TRADES", ("train_las_at.py", "--base", "trades"))  # 110 epochs, as its published command has them
 AS_AWP = ("--normalise", "dataset", "--padding", "reflect")  # AWP's own code, and LAS-AWP's on CIFAR-10; on other sets the latter does neither
-LAS_AWP = Row("LAS-AWP", "", ("train_las_at.py", "--base", "awp", "--epochs", "200"))
-LAS_AWP_CIFAR10 = Row("LAS-AWP", "", (*LAS_AWP.command, *AS_AWP))
+LAS_AWP = Row("LAS-AWP", ("train_las_at.py", "--base", "awp", "--epochs", "200"))
+LAS_AWP_CIFAR10 = Row("LAS-AWP", (*LAS_AWP.command, *AS_AWP))
 
 
 def at_radii(*rows: Row) -> tuple[Row, ...]:
     """ImageNet's three radii."""
-    return tuple(Row(row.method, row.variant, row.command, epsilon) for row in rows for epsilon in ("2", "4", "8"))
+    return tuple(replace(row, epsilon=epsilon) for row in rows for epsilon in ("2", "4", "8"))
 
 
 def smoothed(classes: int, smoothing: float = 0.4) -> str:
@@ -167,9 +185,9 @@ def benchmark(dataset: str, classes: int) -> Table:
         "PGD-AT": (*pgd_at, "--ema", "0"), "PGD-AT-WA": pgd_at,
     }
     absent = ("FGSM-CUAP", "FGSM-FUAP", "FGSM-PCO", "FGSM-MEP-CS", "N-AAER", "ZERO-GRAD", "ELLE", "SSAT")
-    rows = [Row(name, "", command) for name, command in offered.items()] + [Row(name) for name in absent if dataset != "tiny-imagenet" or name != "N-AAER"]
+    rows = [Row(name, command) for name, command in offered.items()] + [Row(name) for name in absent if dataset != "tiny-imagenet" or name != "N-AAER"]
     return Table("FastAT", "main", dataset, f"the FastAT Benchmark's recipe, {dataset}", (*BENCHMARK, *tiny),
-                 (*rows, Row("FGSM-SDI", "", (*FGSM_SDI.command, *factor))), ("best",), ("clean", "pgd10", "pgd20", "pgd50", "aa"),
+                 (*rows, Row("FGSM-SDI", (*FGSM_SDI.command, *factor))), ("best",), ("clean", "pgd10", "pgd20", "pgd50", "aa"),
                  ("Published: means of 3 seeds.", "FGSM-SDI is not in the benchmark: it is here under the same recipe.",
                   "Best checkpoint: at equal PGD-10 the benchmark takes the raw weights before their average, then the higher clean accuracy, then the earlier epoch; "
                   "ours the average, then the later epoch.",
@@ -188,14 +206,14 @@ BASELINES = "The baselines' recipes are not given: they have this repository's c
 CHOSEN = ("The paper does not give the label factor; its code has 0.5, which is what these rows have (--label-factor 1 is the other reading).",)
 TABLES: dict[str, tuple[Table, ...]] = {
     "II": (Table(SDI_PAPER, "II", "cifar10", "FGSM-SDI: how often the generator learns", STEP,
-                 tuple(Row("FGSM-SDI", f"k={k}", (SDI, "--k", str(k))) for k in (1, 2, 10, 20, 30, 40)), ("best",),
+                 tuple(Row("FGSM-SDI", (SDI, "--k", str(k)), f"k={k}") for k in (1, 2, 10, 20, 30, 40)), ("best",),
                  notes=(*CHOSEN, "Misprint: AA of k=20 is 48.52 here and 48.50 in Tables IV and V.")),),
     "III": (Table(SDI_PAPER, "III", "cifar10", "FGSM-SDI: what the generator sees", STEP,
-                  (*(Row("FGSM-SDI", f"input={name}", (SDI, "--k", "20", "--generator-input", value)) for name, value in (("Benign", "image"), ("Grad", "gradient"))),
-                   Row("FGSM-SDI", "input=Benign+Grad", FGSM_SDI.command)),
+                  (*(Row("FGSM-SDI", (SDI, "--k", "20", "--generator-input", value), f"input={name}") for name, value in (("Benign", "image"), ("Grad", "gradient"))),
+                   Row("FGSM-SDI", FGSM_SDI.command, "input=Benign+Grad")),
                   columns=("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"), notes=CHOSEN),),
     "IV": (Table(SDI_PAPER, "IV", "cifar10", "FGSM-SDI against PGD with few steps", STEP,
-                 (*(Row(f"PGD{n}-AT", "", ("train_pgd_at.py", "--steps", str(n), "--init", "zero")) for n in (2, 4)), FGSM_SDI),
+                 (*(Row(f"PGD{n}-AT", ("train_pgd_at.py", "--steps", str(n), "--init", "zero")) for n in (2, 4)), FGSM_SDI),
                  notes=CHOSEN),),
     "V": (Table(SDI_PAPER, "V", "cifar10", "ResNet18, step schedule", STEP, SIX,
                 notes=(*CHOSEN, "Misprint: Free-AT's APGD of best and last, 42.18 and 45.22, cannot both be right.")),),
@@ -207,7 +225,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
                  notes=(*CHOSEN, "The published numbers are of 5,000 images (all are multiples of 0.02).",
                         "FGSM-GA: 34.04 / 4.34 AA here, 43.44 / 14.28 in the FGSM-PGI paper for the same cell.")),),
     "X": (Table(SDI_PAPER, "X", "imagenet", "ResNet50", ON_TEST,
-                at_radii(PGD_AT, Row("Free-AT(m=4)", "", ("train_free_at.py", "--replays", "4")), FGSM_RS, FGSM_SDI), ("best",),
+                at_radii(PGD_AT, Row("Free-AT(m=4)", ("train_free_at.py", "--replays", "4")), FGSM_RS, FGSM_SDI), ("best",),
                 ("clean", "pgd10", "pgd50"), notes=CHOSEN),),
     "PGI": (
         *(Table("FGSM-PGI", "main", dataset, f"FGSM-PGI's table, {dataset}", recipe, (PGD_AT, FGSM_RS, CKPT, NUAT, GAT, GA, FREE, BP, EP, MEP),
@@ -218,20 +236,20 @@ TABLES: dict[str, tuple[Table, ...]] = {
               ("tiny-imagenet", TINY, ("Misprint: FGSM-EP's best row repeats FGSM-BP's.",
                                        "The published numbers are of 5,000 images (multiples of 0.02), but for FGSM-BP's and FGSM-EP's, which can only be of 10,000.")))),
         Table("FGSM-PGI", "main", "imagenet", "FGSM-PGI's table, ImageNet", ON_TEST,
-              at_radii(Row("Free-AT(m=4)", "", ("train_free_at.py", "--replays", "4")), FGSM_RS, BP), ("best",), ("clean", "pgd10", "pgd50"))),
+              at_radii(Row("Free-AT(m=4)", ("train_free_at.py", "--replays", "4")), FGSM_RS, BP), ("best",), ("clean", "pgd10", "pgd50"))),
     "FastAT": (benchmark("cifar10", 10), benchmark("cifar100", 100), benchmark("tiny-imagenet", 200)),
     "LAS-1": (Table("LAS-AT", "1", "cifar10", "LAS-AT: how often the strategy network learns", STEP,
-                    (PGD_AT, *(Row("LAS-AT", f"k={k}", ("train_las_at.py", "--interval", str(k))) for k in (1, 10, 20, 40, 60))), ("best",), ("clean", "pgd10")),),
+                    (PGD_AT, *(Row("LAS-AT", ("train_las_at.py", "--interval", str(k)), f"k={k}") for k in (1, 10, 20, 40, 60))), ("best",), ("clean", "pgd10")),),
     "LAS-1b": (Table("LAS-AT", "1b", "cifar10", "LAS-AWP against stronger fixed attacks", STEP,
-                     (*(Row("AWP", f"train steps={n} train eps={e}") if e == "15" else
-                        Row("AWP", f"train steps={n} train eps={e}", ("train_awp.py", "--steps", n, "--epochs", "200", "--milestones", "100,150", *AS_AWP))
+                     (*(Row("AWP", (), f"train steps={n} train eps={e}") if e == "15" else
+                        Row("AWP", ("train_awp.py", "--steps", n, "--epochs", "200", "--milestones", "100,150", *AS_AWP), f"train steps={n} train eps={e}")
                         for n, e in (("10", "8"), ("10", "15"), ("15", "8"))), LAS_AWP_CIFAR10), ("best",),
                      ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"),
                      ("A radius in training that differs from the evaluation's is not offered.",
                       "AWP has its own code's recipe here, 200 epochs and normalised images padded by reflection, as LAS-AWP has; in the other LAS tables "
                       "it has the common one, 110 epochs.")),),
     "LAS-2": (Table("LAS-AT", "2", "cifar10", "WideResNet-34-10", WIDE, (
-                        PGD_AT, TRADES, Row("MART", "", ("train_mart.py", "--beta", "6")), FAT, GAIRAT, AWP, Row("LBGAT", "", ("train_lbgat.py", "--beta", "0")),
+                        PGD_AT, TRADES, Row("MART", ("train_mart.py", "--beta", "6")), FAT, GAIRAT, AWP, Row("LBGAT", ("train_lbgat.py", "--beta", "0")),
                         LAS_AT, LAS_TRADES, LAS_AWP_CIFAR10), ("best",), ("clean", "pgd10", "pgd20", "pgd50", "cw", "aa"),
                     (f"{BASELINES} They have the loss's weights that their own papers have on this network.",)),),
     "LAS-3": (Table("LAS-AT", "3", "cifar100", "WideResNet-34-10", WIDE, (PGD_AT, TRADES, Row("SAT"), AWP, LBGAT, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
@@ -245,12 +263,12 @@ TABLES: dict[str, tuple[Table, ...]] = {
               Table("LAS-AT", "5", "cifar100", "WideResNet-34-20", (*ON_TEST, "--arch", "wideresnet34-20"), (LBGAT, LAS_AWP), ("best",), ("clean", "aa"),
                     (BASELINES,))),
     "LAS-6": (Table("LAS-AT", "6", "cifar10", "LAS-AT: the terms of the reward", STEP,
-                    tuple(Row("LAS-AT", name, ("train_las_at.py", "--interval", "40", *weights)) for name, weights in (
+                    tuple(Row("LAS-AT", ("train_las_at.py", "--interval", "40", *weights), name) for name, weights in (
                         ("L1", ("--robust", "0", "--clean", "0")), ("L1+L2", ("--clean", "0")), ("L1+L3", ("--robust", "0")), ("L1+L2+L3", ()))),
                     ("best",), ("clean", "pgd10", "aa"), ("The whole row is Table 1's of k=40, which is why all have that interval.",)),),
     "LAS-7": (Table("LAS-AT", "7", "cifar10", "WideResNet-34-10, Madry's setting", WIDE, (Row("Madry-AT"), Row("CAT"), Row("DART"), FAT, Row("LAS-Madry-AT")), ("best",),
                     ("clean", "fgsm", "pgd20", "cw"), ("Madry's setting, and the other methods of this table, are not offered here.",)),),
-    "LAS-GTSRB": (Table("LAS-AT", "GTSRB", "gtsrb", "GTSRB", STEP, (Row("Standard", "", ("train_standard.py",)), PGD_AT, TRADES, AWP, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
+    "LAS-GTSRB": (Table("LAS-AT", "GTSRB", "gtsrb", "GTSRB", STEP, (Row("Standard", ("train_standard.py",)), PGD_AT, TRADES, AWP, LAS_AT, LAS_TRADES, LAS_AWP), ("best",),
                         ("clean", "pgd50", "cw", "aa"), ("The paper does not say which network and recipe: these are the common ones.",)),),
 }
 

@@ -13,7 +13,7 @@ from models.resnet50 import ResNet50
 from models.strategy import StrategyNetwork
 from models.wide_resnet import WideResNet
 
-__all__ = ["NAMES", "Normalize", "PerturbationGenerator", "StrategyNetwork", "build", "parameter_count"]
+__all__ = ["NAMES", "Normalize", "PerturbationGenerator", "StrategyNetwork", "build"]
 
 _NETWORKS = {
     "resnet18": (ResNet, {}),
@@ -79,8 +79,3 @@ def build(
     if network not in (ResNet, ResNet50):
         options["image_size"] = image_size
     return network(**options)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many numbers the model's parameters hold, frozen ones included, buffers not."""
-    return sum(parameter.numel() for parameter in model.parameters())

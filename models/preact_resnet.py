@@ -76,24 +76,15 @@ class PreActResNet(nn.Module):
         pool_globally: bool = False,
     ):
         super().__init__()
-        self.features = width
-        self.raw_shortcut = raw_shortcut
         self.grid = 2 if image_size == 64 and not pool_globally else 1
         self.normalize = normalize
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.layer1 = self._stage(blocks[0], width, stride=1)
-        self.layer2 = self._stage(blocks[1], 2 * width, stride=2)
-        self.layer3 = self._stage(blocks[2], 4 * width, stride=2)
-        self.layer4 = self._stage(blocks[3], 8 * width, stride=2)
+        self.layer1 = _stage(blocks[0], width, width, 1, raw_shortcut)
+        self.layer2 = _stage(blocks[1], width, 2 * width, 2, raw_shortcut)
+        self.layer3 = _stage(blocks[2], 2 * width, 4 * width, 2, raw_shortcut)
+        self.layer4 = _stage(blocks[3], 4 * width, 8 * width, 2, raw_shortcut)
         self.bn = nn.BatchNorm2d(8 * width) if final_bn else None
         self.linear = nn.Linear(8 * width * self.grid**2, classes)
-
-    def _stage(self, count: int, outputs: int, stride: int) -> nn.Sequential:
-        stage = nn.Sequential(PreActBlock(self.features, outputs, stride, self.raw_shortcut))
-        for _ in range(count - 1):
-            stage.append(PreActBlock(outputs, outputs, 1, self.raw_shortcut))
-        self.features = outputs
-        return stage
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.normalize(x))
@@ -102,3 +93,9 @@ class PreActResNet(nn.Module):
             out = F.relu(self.bn(out))
         height, width = out.shape[-2:]
         return self.linear(F.avg_pool2d(out, (height // self.grid, width // self.grid)).flatten(1))
+
+
+def _stage(count: int, inputs: int, outputs: int, stride: int, raw_shortcut: bool) -> nn.Sequential:
+    blocks = [PreActBlock(inputs, outputs, stride, raw_shortcut)]
+    blocks += [PreActBlock(outputs, outputs, 1, raw_shortcut) for _ in range(count - 1)]
+    return nn.Sequential(*blocks)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import typing
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import engine
-from engine import config, data, images, nvjpeg, stream
+from engine import config, data, distributed, images, nvjpeg, stream
 from engine.errors import Failure, Misuse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -530,13 +532,38 @@ def test_a_damaged_file_is_named(workers, damaged):
         list(streamed(damaged, workers=workers).epoch(0))
 
 
-def test_a_worker_that_is_killed(tree, tiny, monkeypatch):
+@pytest.fixture
+def another_start_method() -> Iterator[None]:
+    """Python 3.14's, whatever this one's is."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_worker_that_is_killed(tree, tiny, monkeypatch, another_start_method):
+    """It is a fork of this process, and so the patch is there."""
     def die(self, i):
         os._exit(9)
 
     monkeypatch.setattr(stream.Crops, "pixels", die)
     refused(tiny.command("train_fgsm_rs", *NARROW, "--dataset", "imagenet", "--data-dir", tree, "--image-size", SIDE, "--val-size", 4,
                          "--workers", 1, "--out-dir", tiny.directory / "o"), 1, "killed", "--workers")
+
+
+def test_a_worker_sends_what_already_lies_in_shared_memory(tree, monkeypatch):
+    crops = streamed(tree).crops
+    assert not crops[np.arange(2)].is_shared()
+    monkeypatch.setattr(stream, "get_worker_info", lambda: True)
+    assert crops[np.arange(2)].is_shared() and all(part.is_shared() for part in dataclasses.replace(crops, encoded=True)[np.arange(2)])
+
+
+def test_a_containers_share_of_the_cores(tmp_path, monkeypatch):
+    cores = distributed.cores()
+    monkeypatch.setattr(distributed, "QUOTA", tmp_path / "cpu.max")
+    for text, expected in (("max 100000", None), ("50000 100000", 1), ("100000 100000", 1), ("99900000 100000", None), ("", None)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert distributed.cores() == (expected or cores)
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -796,9 +796,9 @@ def test_a_process_that_fails_takes_no_leave(ending, status, monkeypatch, capsys
 
 def test_processes_with_other_images_are_refused(tmp_path, monkeypatch):
     device = torch.device("cpu")
-    assert distributed.agree("this", device)
+    assert distributed.agree(b"this", device)
     monkeypatch.setattr(distributed, "maximum", lambda value, device: max(value, -value))
-    assert not distributed.agree("this", device)
+    assert not distributed.agree(b"this", device)
     monkeypatch.undo()
     for answers, sentence in (([True, False], "training images of digits .* for all processes"), ([False], "not all processes find the same .*state.pth")):
         monkeypatch.setattr(distributed, "agree", lambda *_, left=iter(answers): next(left))
@@ -807,13 +807,13 @@ def test_processes_with_other_images_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_method_in_a_notebook_has_no_file(monkeypatch):
-    assert record.digest_of_file(Config) == record.digest_of_file(Config) != record.digest_of_file(Failure)
+    assert record.digest_of_script(Config) == record.digest_of_script(Config) != record.digest_of_script(Failure)
 
     def typed(kind: type) -> str:
         raise OSError("source code not available")
 
     monkeypatch.setattr(record.inspect, "getfile", typed)
-    assert record.digest_of_file(Config) is None
+    assert record.digest_of_script(Config) is None
 
 
 def test_a_result_is_written_where_one_process_alone_misses_it(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import torch
 
 import engine
 import models
-from engine import checkpoint
+from engine import checkpoint, distributed
+from engine.device import chosen_device
 from engine.errors import Failure, one_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,6 +258,8 @@ def test_output_that_nobody_reads(unbuffered, digits_run, tmp_path):
     (OSError(errno.ENOENT, "No such file", "there"), ("there: No such file",)),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), ("a process that reads images was killed",)),  # the output is being read
     (ConnectionResetError(errno.ECONNRESET, "reset"), ("a process that reads images was killed",)),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0. RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: "
+                  "No space left on device (28)"), ("a process that reads images", "/dev/shm", "--workers")),
 ])
 def test_an_error_of_the_system_is_one_sentence(error, words, capsys):
     with pytest.raises(SystemExit) as left, one_sentence():
@@ -264,6 +267,39 @@ def test_an_error_of_the_system_is_one_sentence(error, words, capsys):
     said = capsys.readouterr().err
     assert left.value.code == 1 and said.startswith("error: ") and said.count("\n") == 1
     assert all(word in said for word in words), said
+
+
+def test_a_gpu_that_torch_was_not_built_for(monkeypatch):
+    capability = [7, 0]
+    for name, value in {"is_available": True, "device_count": 1, "get_arch_list": ["sm_75", "sm_90a", "compute_90"], "get_device_name": "a V100"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
+    for name in ("auto", "cuda"):
+        with pytest.raises(engine.Misuse, match="no kernels for a V100, whose compute capability is 7.0.*--device cpu"):
+            chosen_device(name)
+    assert chosen_device("cpu").type == "cpu"
+    for capability[:] in ([7, 5], [12, 0]):
+        assert chosen_device("auto").type == "cuda", "newer ones run what was built for older ones, or torch compiles it for them"
+
+
+def test_a_process_of_another_launcher(monkeypatch):
+    """Some set RANK alone."""
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(engine.Misuse, match="RANK is 0 in the environment, and LOCAL_RANK is missing: start with torchrun"):
+        distributed.start(torch.device("cpu"))
+
+
+def test_a_terminal_without_a_dagger():
+    program = "from engine.errors import one_sentence\nwith one_sentence(): print('47.2 †')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "47.2 ?\n", "")
+
+
+def test_an_empty_argument(tiny):
+    refused(tiny.command("train_fgsm_rs", ""), 2, "an empty argument is no flag of train_fgsm_rs.py")
 
 
 def test_failure_is_no_misuse():

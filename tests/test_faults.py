@@ -226,7 +226,8 @@ def kill_apart(at_least: int, folder: Path, seed: int = 0, wrong: Callable[[pyte
     """
     program = ("import json, sys, torch; from pathlib import Path; from tests import test_faults; torch.set_num_threads(1); "
                f"print(json.dumps(test_faults.kill({at_least}, Path(sys.argv[1]), {seed}{f', test_faults.{wrong.__name__}' if wrong else ''})))")
-    done = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, text=True, capture_output=True)
+    alone = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # CUDA does not survive a fork either
+    done = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, text=True, capture_output=True, env=alone)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -397,7 +397,7 @@ def test_help_names_every_figure(tiny: Tiny) -> None:
 @pytest.mark.parametrize(("arguments", "said"), [
     (["grad-cam", "--scale", "small"], '--rows "FGSM-RS,FGSM-SDI" --output {0}/out --results {0}/none makes them'),
     (["radius"], "PGD-AT, FGSM-RS, FGSM-CKPT, FGSM-GA, Free-AT(m=8), FGSM-SDI: not measured at scale full; python reproduce.py run V --scale full"),
-    (["strategies", "--rows", "LAS-AT"], "table LAS-6 offers LAS-AT L1, "),
+    (["strategies", "--rows", "LAS-AT"], 'the table "LAS-AT: the terms of the reward" offers LAS-AT L1, '),
     (["curves", "--runs", "{0}/none"], "--runs {0}/none: there is no result.json"),
     (["pareto", "--runs", "{0}/none.json"], "--runs {0}/none.json: it is not a run's JSON"),
     (["curves", "--redraw"], "curves.json is not there: leave out --redraw"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +86,9 @@ assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize("module", [part for part in MAY if part != "experiments"] + ["experiments.show", "experiments.demo", "experiments.render"])
-def test_importing_prints_nothing_and_touches_nothing(module: str) -> None:
-    done = subprocess.run([sys.executable, "-B", "-c", IMPORT, module], cwd=ROOT, capture_output=True, text=True)
+def test_importing_prints_nothing_and_touches_nothing(module: str, tmp_path: Path) -> None:
+    without_a_home = os.environ | {"MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT, module], cwd=ROOT, capture_output=True, text=True, env=without_a_home)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import engine
 import models
-from engine import distributed
+from engine import distributed, record
 from engine.batchnorm import GlobalBatchNorm2d, make_global
 from experiments import processes
 
@@ -167,7 +167,7 @@ def trained(tmp_path_factory) -> Path:
 def test_two_processes_end_where_one_does(trained):
     """Every method and base, ten updates; a batch is shared as four and three images, the last of an epoch as one and none."""
     found = {label: processes.compared(trained / "1" / label, trained / "2" / label) for label in [*processes.RUNS, "fgsm_ga of some", "las_at unclipped"]}
-    assert {name.split("train_")[1] for name, _ in processes.RUNS.values()} == {path.stem[6:] for path in processes.ROOT.glob("train_*.py")}
+    assert {name.split("train_")[1] for name, _ in processes.RUNS.values()} == {path.stem[6:] for path in record.ROOT.glob("train_*.py")}
     assert {label: run["updates"] for label, run in found.items()} == {label: 20 if label == "free_at" else 10 for label in found}
     far = {label: run for label, run in found.items() if max(*run["kept"].values(), run["log"]) > 1e-9}
     assert not far

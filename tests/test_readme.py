@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import card
+from engine import card, record
 from engine.errors import Failure
 from experiments import figures, render, show
 
@@ -90,7 +90,7 @@ def test_a_number_from_a_changed_tree_is_not_rendered(tmp_path: Path, monkeypatc
     folder = tmp_path / "results" / "demo-digits"
     folder.mkdir(parents=True)
     (folder / source.name).write_text(json.dumps(run))
-    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     assert "| FGSM" in render.demo("digits") or "| PGD" in render.demo("digits")
     run["run"]["dirty"] = True
     (folder / source.name).write_text(json.dumps(run))
@@ -101,7 +101,7 @@ def test_a_number_from_a_changed_tree_is_not_rendered(tmp_path: Path, monkeypatc
 def test_throughput_shows_what_was_measured_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "results" / "benchmarks"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     assert render.throughput() == "Not measured yet."
     measured = {"images_per_second": 100.0, "seconds_per_epoch": 500.0, "seconds_before": 3.0, "peak_memory_bytes": 2e9, "operations_per_image": 5.55e9}
     report = {"flags": "--compile", "batches": 9, "warm_up": 4, "device": "a device", "dirty": False, "commit": "c" * 40, "versions": {"torch": "2.6"},
@@ -122,7 +122,7 @@ def test_throughput_shows_what_was_measured_and_nothing_else(tmp_path: Path, mon
 def test_autoattack_shows_costs_and_disagreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results" / "benchmarks" / "autoattack.json"
     path.parent.mkdir(parents=True)
-    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     assert render.autoattack() == "Not measured yet."
     cost = {"attack": "fab-t", "frozen": True, "images": 37, "standing": 36, "forward": 1837.2, "input_gradients": 900.0, "weight_gradients": 0.0,
             "filling": 0.914, "processor_seconds": 13.52}

@@ -273,7 +273,7 @@ def test_list_names_every_table(tmp_path, capsys):
 
 # ---- running them --------------------------------------------------------------------------------------------------
 
-ROWS = (Row("RS", "", ("train_fgsm_rs.py",)), Row("Standard", "", ("train_standard.py",)), Row("Absent"))
+ROWS = (Row("RS", ("train_fgsm_rs.py",)), Row("Standard", ("train_standard.py",)), Row("Absent"))
 DIGITS = Table("Nobody", "1", "digits", "a table that takes seconds", ("--epochs", "3", "--train-size", "128", "--val-size", "32", "--arch", "resnet8", "--width", "8"), ROWS,
                columns=("clean", "pgd10"))
 TINY = Scale("tiny", ("--n-ex", "20", "--attacks", "clean,pgd10"))
@@ -311,7 +311,7 @@ def test_what_is_finished_is_not_done_again(digits, tmp_path, capsys):
 
 MEASURED = [job for name, demo in DEMOS.items() for label in demo.methods for seed in demo.seeds
             if (job := demo_job(demo, label, seed, Path(), record.ROOT / "results" / f"demo-{name}")).result.is_file()] + [
-    job for _, table in EVERY for row in table.rows if row.command for seed in side_by_side.SEEDS for scale in SCALES.values()
+    job for _, table in EVERY for row in table.rows if row.command for seed in tables.SEEDS for scale in SCALES.values()
     if (job := table.job(row, seed, scale, Path(), record.ROOT / "results" / "tables")).result.is_file()]
 
 
@@ -378,7 +378,7 @@ def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path, monkeypatch, 
 
 
 def test_a_failure_counts_though_others_want_only_time(digits, tmp_path, monkeypatch, capsys):
-    broken = Table(**{**vars(DIGITS), "rows": (Row("Broken", "", ("train_fgsm_rs.py", "--alpha", "nonsense")), *ROWS)})
+    broken = Table(**{**vars(DIGITS), "rows": (Row("Broken", ("train_fgsm_rs.py", "--alpha", "nonsense")), *ROWS)})
     monkeypatch.setitem(tables.TABLES, "D", (broken,))
     times = iter([60.0, 60.0, 600.0])  # what is left when the first run asks; nothing for the second
     monkeypatch.setattr(runner.TimeLimit, "left", lambda self: next(times, 0.0))
@@ -454,7 +454,7 @@ def test_killed_at_a_random_moment_it_repeats_nothing_finished(digits, driven, t
 
 
 def test_one_failure_does_not_stop_the_rest(digits, tmp_path, monkeypatch):
-    broken = Table(**{**vars(DIGITS), "rows": (Row("Broken", "", ("train_fgsm_rs.py", "--alpha", "nonsense")), *ROWS)})
+    broken = Table(**{**vars(DIGITS), "rows": (Row("Broken", ("train_fgsm_rs.py", "--alpha", "nonsense")), *ROWS)})
     monkeypatch.setitem(tables.TABLES, "D", (broken,))
     with pytest.raises(Failure, match="Broken, seed 0.*status 2") as failed:
         digits("--rows", "Broken,Standard")

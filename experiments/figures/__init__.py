@@ -4,7 +4,6 @@ A figure's name, with _ for -, is that of its function in both modules.
 """
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ def measured(name: str, found: Sequence[Trained], setting: Setting, path: Path) 
 
     code = record.source()
     content = getattr(measure, name.replace("-", "_"))(found, setting)
-    path.parent.mkdir(parents=True, exist_ok=True)
     record.write_json({"figure": name, "runs": [run.origin() for run in found], "checkpoint": setting.checkpoint, **content,
                        "provenance": record.provenance(setting.device, "fp32", code)}, path)
 
@@ -80,4 +78,4 @@ def drawn(path: Path) -> None:
 
     if not path.is_file():
         raise Misuse(f"{path} is not there: leave out --redraw, and it is measured")
-    draw.save(json.loads(path.read_text()), path)
+    draw.save(record.read_json(path), path)

@@ -17,7 +17,7 @@ import attacks
 from engine import evaluate
 from engine.card import mark
 from engine.config import numbers
-from engine.data import evaluation_generator, to_images
+from engine.data import evaluation_generator, in_ball, to_images
 from engine.errors import Misuse
 from experiments import show
 from experiments.figures.sources import Setting, Trained, one
@@ -55,13 +55,9 @@ def _in_batches(network: nn.Module, x: Tensor, y: Tensor, measured: Callable[[Te
     return [torch.cat([each.detach().cpu() for each in several]) for several in zip(*parts)]
 
 
-def _noise(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    return eps * (2 * torch.rand(x.shape, generator=generator) - 1).to(x.device)
-
-
 def _aligned(network: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The loss gradient at x, and (B,) its cosine with the one at x + U(-eps, eps), which may leave [0, 1]: GradAlign's measure."""
-    noisy = x + _noise(x, eps, generator)
+    noisy = x + in_ball(x.shape, eps, generator, x.device)
     gradient = attacks.input_gradient(network, x, y)
     return gradient, cosine(gradient, attacks.input_gradient(network, noisy, y))
 
@@ -70,7 +66,7 @@ def curves(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     """From the logs: clean and PGD-10 accuracy in percent after each epoch; the training images' only where --measure-train had them measured."""
     def logged(part: str, column: str) -> Lines:
         def line(run: Trained) -> tuple[list[float], list[float]]:
-            key = f"{run.result['config']['select_on'] if part == 'held-out' else part}_{column}"
+            key = show.held_out(run.content, column) if part == "held-out" else f"{part}_{column}"
             rows = [row for row in run.log if key in row]
             return [row["epoch"] for row in rows], [row[key] for row in rows]
         return _lines(runs, line)
@@ -101,7 +97,7 @@ def grad_cam(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
         cam, eps, generator = LayerGradCam(network, stage), run.eps, evaluation_generator(0, "figures")
 
         def look(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            perturbed = images + attacks.pgd(network, images, labels, eps=eps, alpha=eps / 4, steps=10, start=_noise(images, eps, generator))
+            perturbed = images + attacks.pgd(network, images, labels, eps=eps, alpha=eps / 4, steps=10, start=in_ball(images.shape, eps, generator, images.device))
             maps = (cam.attribute(each, target=labels, relu_attributions=True) for each in (images, perturbed))
             return perturbed, *maps, *(attacks.predict(network, each) == labels for each in (images, perturbed))
 

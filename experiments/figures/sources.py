@@ -17,7 +17,6 @@ from engine.config import spelled
 from engine.errors import Misuse
 from engine.kept import restore
 from experiments import show, tables
-from experiments.side_by_side import SEEDS
 from experiments.tables import Row, Scale, Table
 
 
@@ -45,7 +44,7 @@ class Trained:
 
     def origin(self) -> dict[str, Any]:
         """What a figure's JSON says of it."""
-        return {"label": self.label, "seed": self.result["seed"], "commits": sorted(show.commits(self.content)), "dirty": any(part["dirty"] for part in show.parts(self.content)),
+        return {"label": self.label, "seed": self.result["seed"], "commits": sorted(show.commits(self.content)), "dirty": show.dirty(self.content),
                 "device": self.result["device"], "config": {key: value for key, value in self.result["config"].items() if key not in ("data_dir", "out_dir")}}
 
     def network(self, name: str, device: torch.device) -> nn.Module:
@@ -126,7 +125,7 @@ def of_folders(folders: Sequence[Path]) -> list[Trained]:
         if not (folder / "result.json").is_file():
             raise Misuse(f"--runs {folder}: there is no result.json, so it is no folder of a finished run")
         run = record.read_json(folder / "result.json")
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        log = record.read_lines(folder / "log.jsonl")
         evaluations = {path.parent.name: record.read_json(path) for path in sorted(folder.glob("*/evaluation.json"))}
         for name, evaluation in evaluations.items():
             if evaluation["checkpoint"].get("sha256") not in {trained.get("sha256") for trained in run["checkpoints"].values()}:
@@ -163,9 +162,8 @@ class Place:
 
     def trained(self, row: Row, table: Table | None = None) -> list[Trained]:
         """The row's runs by seed."""
-        jobs = [(table or self.table).job(row, seed, self.scale, self.output, self.results) for seed in SEEDS]
         return [Trained(row.name, job.folder, record.read_json(job.result), "reproduce.py run with --output and --results elsewhere makes both anew, and figure takes the same flags")
-                for job in jobs if job.result.is_file()]
+                for job in (table or self.table).done(row, self.scale, self.output, self.results)]
 
     def rows(self, wanted: Sequence[str]) -> tuple[list[Trained], list[str]]:
         """The runs of the rows, or of all that the table offers, and the names of the rows without any.
@@ -173,10 +171,7 @@ class Place:
         Raises:
             Misuse: the table does not offer a row.
         """
-        offered = {row.name: row for row in self.table.rows if row.command}
-        if unknown := [name for name in wanted if name not in offered]:
-            raise Misuse(f"table {self.name} offers {', '.join(offered)}, not {unknown[0]}: choose with --rows, or another --table")
-        found = {name: self.trained(offered[name]) for name in wanted or offered}
+        found = {name: self.trained(row) for name, row in self.table.offered(wanted).items()}
         return [run for runs in found.values() for run in runs], [name for name, runs in found.items() if not runs]
 
     def siblings(self) -> list[Trained]:
