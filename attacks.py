@@ -32,8 +32,8 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Callable = F.cr
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
     """(N,) max_{k != y} z_k - z_y: above 0 where another class than y is predicted."""
-    true = F.one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+    true = y[:, None]
+    return logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true)[:, 0]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

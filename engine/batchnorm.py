@@ -20,7 +20,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         values = x.to(self.running_mean.dtype)  # bf16 is too coarse for sums
-        count = values.new_tensor([values.numel() // values.shape[1]])
+        count = values.new_full((1,), values.numel() // values.shape[1])  # a tensor of a list would make a GPU wait
         share = torch.empty_like(count)  # only gradients need it: it is filled in when the first sum has told how many values there are
         sums = distributed.summed(torch.cat([values.sum((0, 2, 3)), count]), share)
         total = sums[-1:].detach()

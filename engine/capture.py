@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -47,6 +48,8 @@ class Compiled(nn.Module):
         self.network, self.graphs = network, torch.compile(_passed, dynamic=False)
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
         setattr(torch._dynamo.config, limit, max(64, getattr(torch._dynamo.config, limit)))
+        # A backward pass that frees what it read cannot be gone through twice, and the cache on the disk gives one script's to another, which may.
+        torch._functorch.config.donated_buffer = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, classes)."""
@@ -86,8 +89,9 @@ class Graph:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records the work without doing it; returns what does it."""
         graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
+        if torch.__version__ < (2, 14):  # later ones find out by themselves
+            for generator in self.generators:
+                graph.register_generator_state(generator)
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):  # other threads read images
             work()
         return graph.replay

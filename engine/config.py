@@ -107,7 +107,7 @@ class Config:
     measure_train: int = flag(0, "measure so many training images too, without augmentation", at_least=0)
     seed: int = flag(0, "of weights, order, augmentation and noise", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it, fp32 on a CPU; evaluation is always fp32")
+    precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it, fp32 on a CPU. fp32 on a GPU lets convolutions use TF32, as torch does unless told otherwise; evaluation never does")
     compile: bool = flag(False, "compile the network, and on one GPU record the step as a CUDA graph and replay it (docs/performance.md); "
                          "has never been run on a GPU so far")
     batchnorm: Literal["process", "global"] = flag("process", "whose images BatchNorm averages over in training, with several processes: its own process's, "

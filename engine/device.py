@@ -29,7 +29,7 @@ def chosen_device(name: str) -> torch.device:
         raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
     if device.type == "cuda":
         _has_kernels(device)
-        if device.index is not None:
+        if device.index is not None and "RANK" not in os.environ:  # torchrun's processes have one each
             torch.cuda.set_device(device)
     return device
 

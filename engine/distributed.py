@@ -6,9 +6,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,19 @@ def shard(n: int) -> slice:
 def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        _together(tensors, dist.all_reduce)
+
+
+def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    """One `collective` for all tensors of a dtype, in place: a network has more than a hundred, and each call takes a GPU longer than what most of them hold."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for several in kinds.values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in several])
+        collective(flat)
+        for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several])):
+            tensor.detach().copy_(part.view(tensor.shape))
 
 
 class _Sum(torch.autograd.Function):
@@ -196,11 +208,10 @@ def agree(value: bytes, device: torch.device) -> bool:
     return maximum(key, device) == -maximum(-key, device)
 
 
-def broadcast(tensors: list[Tensor]) -> None:
+def broadcast(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes that of the first process, in place."""
     if dist.is_initialized():
-        for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
-            work.wait()
+        _together(tensors, partial(dist.broadcast, src=0))
 
 
 def barrier() -> None:

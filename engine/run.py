@@ -613,6 +613,7 @@ class Run:
         for step in self._steps:
             step.forget()
         if self._captures:
+            self._graph = capture.Graph(self.device, [self._generator])  # the memory of recordings that are gone may not be recorded into again
             self._rates.at.fill_(self.step)
         self._guard.load(saved["guard"])
         self._finite.load(saved["finite"])

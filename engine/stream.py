@@ -62,22 +62,26 @@ class Batches:
             Failure: a file is damaged.
         """
         order = torch.randperm(self.n, generator=data.seeded(self.seed, data.DATA, epoch))
-        whole = [order[start:start + self.batch_size] for start in range(first * self.batch_size, self.n, self.batch_size)]
-        parts = [part[self.shard(len(part))] for part in whole]
+        parts = self._parts(order, first)
         crops = dataclasses.replace(self.crops, epoch=epoch)
         loader = DataLoader(
             crops, batch_size=None, sampler=[part.numpy() for part in parts], num_workers=self.workers, worker_init_fn=_settle,
             multiprocessing_context="fork" if self.workers else None,  # else, from Python 3.14 on, every worker imports torch anew in each epoch
             pin_memory=self.device.type == "cuda" and not crops.encoded, generator=torch.Generator())  # its own: torch's is left alone
-        for found, part in zip(loader, parts):
+        for found, part, index in zip(loader, parts, self._parts(order.to(self.device), first)):
             if isinstance(found, str):
                 raise Failure(found)
             if crops.encoded:
                 pixels = nvjpeg.decoded(*found, self.size, self.device, [crops.path(i) for i in part.tolist()])
             else:
                 pixels = found.to(self.device, non_blocking=True)
-            index = part.to(self.device)
             yield data.to_images(pixels, dtype), self.y[index], index
+
+
+    def _parts(self, order: Tensor, first: int) -> list[Tensor]:
+        """This process's images of every batch from `first` on."""
+        whole = [order[start:start + self.batch_size] for start in range(first * self.batch_size, self.n, self.batch_size)]
+        return [batch[self.shard(len(batch))] for batch in whole]
 
 
 @dataclass(frozen=True)

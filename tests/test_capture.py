@@ -328,6 +328,16 @@ def test_compiled_kernels_and_plain_ones_agree(tiny, float64):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_a_compiled_pass_that_another_script_left_on_the_disk(tiny, tmp_path, monkeypatch):
+    """Free-AT goes through its backward pass once, FGSM-BP through the same one twice."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for script, *flags in (["train_free_at", "--replays", "2"], ["train_fgsm_bp"]):
+        torch._dynamo.reset()
+        tiny.train(script, *flags, "--epochs", "1", "--compile", "--co-guard", "off", "--measure", "pgd10")
+    torch._dynamo.reset()
+
+
 def test_a_run_goes_on_recorded_where_it_began_plainly():
     """Several processes record nothing, and one that goes on for them does: how Adam steps is that machine's affair, not the file's."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]

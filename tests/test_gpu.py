@@ -24,7 +24,7 @@ from tests.test_resume import BATCHES, stop_and_go_on, terminate
 
 DEVICE = "cuda"
 ON = ("--device", DEVICE, "--deterministic")
-RATES = {"rtol": 1e-5, "atol": 1e-6}  # a recorded step's learning rate is a float32, a plain one's is not
+ALIKE = {"rtol": 1e-7, "atol": 1e-8}  # other kernels add in another order
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.xdist_group("gpu")]
 
@@ -40,6 +40,13 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.Run, "__init__", begun)
     monkeypatch.setattr(engine.Run, "_noise", lambda run, x, fill: fill(torch.empty((run._global_batch, *x.shape[1:]))).to(x.device))
     monkeypatch.setattr(engine.Run, "random", lambda run, *size: torch.rand(size, generator=run._generator).to(run.device))
+
+
+@pytest.fixture
+def float32_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded step's learning rate is a float32; so is the plain one's here, as their difference would move a sign somewhere."""
+    exact = engine.Run._rates_of
+    monkeypatch.setattr(engine.Run, "_rates_of", lambda run, step: tuple(torch.tensor(exact(run, step), dtype=torch.float32).tolist()))
 
 
 @pytest.fixture
@@ -60,23 +67,23 @@ def test_a_gpu_computes_what_a_cpu_does(train_script, tiny, float64, same_noise)
     compare(*runs, rtol=1e-6, atol=1e-9)
 
 
-def test_recorded_and_plain_runs_agree(train_script, tiny, float64, uncompiled):
+def test_recorded_and_plain_runs_agree(train_script, tiny, float64, uncompiled, float32_rates):
     """CUDA's own graphs: a short last batch, momentum that moves, and every turn of the method."""
     runs = [tiny.train(train_script, *FLAGS, *DECISIONS.get(train_script, ()), *ON, *more) for more in (("--compile",), ())]
-    compare(*runs, **RATES)
+    compare(*runs, **ALIKE)
     assert (result(runs[0])["seconds"]["compilation"] > 0) == (train_script not in NOT_RECORDED)
 
 
-@pytest.mark.parametrize("script", ["train_fgsm_sdi", "train_pgd_at", "train_awp", "train_nuat"])
-def test_compiled_and_plain_runs_agree(script, tiny, float64):
+@pytest.mark.parametrize("script", ["train_fgsm_sdi", "train_pgd_at", "train_awp", "train_nuat", "train_free_at", "train_fgsm_bp"])
+def test_compiled_and_plain_runs_agree(script, tiny, float64, float32_rates):
     """Inductor's kernels, recorded where the method can be."""
     torch._dynamo.reset()
-    compare(*(tiny.train(script, *FLAGS, *DECISIONS.get(script, ()), *ON, *more) for more in (("--compile",), ())), **RATES)
+    compare(*(tiny.train(script, *FLAGS, *DECISIONS.get(script, ()), *ON, *more) for more in (("--compile",), ())), **ALIKE)
 
 
 @pytest.mark.parametrize("flags", GUARDS)
-def test_recorded_runs_are_guarded_alike(flags, tiny, float64, uncompiled, monkeypatch):
-    compare(*guarded((*flags, *ON), tiny, monkeypatch), **RATES)
+def test_recorded_runs_are_guarded_alike(flags, tiny, float64, uncompiled, float32_rates, monkeypatch):
+    compare(*guarded((*flags, *ON), tiny, monkeypatch), **ALIKE)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -106,7 +113,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(train_script, tiny, difference
 
 
 def test_a_recorded_run_is_resumed(tiny, float64, uncompiled):
-    compare(*whole_and_interrupted(tiny, *ON), **RATES)
+    compare(*whole_and_interrupted(tiny, *ON), **ALIKE)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -137,7 +144,8 @@ def test_bf16_is_what_a_gpu_trains_in(train_script, tiny):
     half, single = (tiny.train(train_script, "--device", DEVICE, *more) for more in ((), ("--precision", "fp32")))
     assert [result(run)["precision"] for run in (half, single)] == ["bf16", "fp32"]
     losses = [json.loads((run / "log.jsonl").read_text().splitlines()[0])["loss"] for run in (half, single)]
-    assert 0 < abs(losses[0] - losses[1]) < 0.05 * abs(losses[1])
+    near = 0.1 if train_script == "train_fgsm_ga" else 0.05  # its penalty is of gradients' cosines, which rounding lowers
+    assert 0 < abs(losses[0] - losses[1]) < near * abs(losses[1])
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------------------------
