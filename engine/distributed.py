@@ -118,10 +118,11 @@ def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) ->
     for tensor in tensors:
         kinds.setdefault(tensor.dtype, []).append(tensor)
     for several in kinds.values():
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in several])
+        several = [tensor.detach() for tensor in several]
+        flat = torch.cat([tensor.reshape(-1) for tensor in several])
         collective(flat)
-        for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several])):
-            tensor.detach().copy_(part.view(tensor.shape))
+        parts = flat.split([tensor.numel() for tensor in several])
+        torch._foreach_copy_(several, [part.view(tensor.shape) for tensor, part in zip(several, parts)])
 
 
 class _Sum(torch.autograd.Function):

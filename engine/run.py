@@ -365,8 +365,7 @@ class Run:
         """Gradients of this process's mean loss, in place turned into those of the global batch's; the same on one process."""
         if distributed.world_size() > 1:
             share = self.share
-            for gradient in gradients:
-                gradient.mul_(share) if share else gradient.zero_()  # the mean over no images is nan
+            torch._foreach_mul_(gradients, share) if share else torch._foreach_zero_(gradients)  # the mean over no images is nan
             distributed.all_reduce(gradients)
         return gradients
 
