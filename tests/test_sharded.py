@@ -251,7 +251,7 @@ def test_a_part_s_random_starts_are_those_of_the_whole(digits_run):
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    for name, value in dict(RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3").items():
+    for name, value in dict(RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Misuse, match="--nproc_per_node 3: every process needs a GPU, and this machine has 2"):
