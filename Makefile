@@ -6,14 +6,14 @@ BIN = $(VENV)/bin
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # A process of the tests takes half a gigabyte: on a large machine, cores are not what there is too little of.
 PYTEST = -m pytest -n auto --maxprocesses 16 --dist loadgroup
-ENOUGH = $(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, as in: make setup PYTHON=python3.12')"
+CHECK_PYTHON = $(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, as in: make setup PYTHON=python3.12')"
 
 .PHONY: setup browser test test-all test-oldest demo demo-all demo-cifar demo-cifar-all readme site
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt
-	@$(ENOUGH)
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -34,7 +34,7 @@ test-oldest: .venv-oldest/.oldest
 	$(ONE) .venv-oldest/bin/python $(PYTEST) -m "not slow"
 
 .venv-oldest/.oldest: requirements.txt
-	@$(ENOUGH)
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/torch>=2.6/torch==2.6.0/; s/torchvision>=0.21/torchvision==0.21.0/' requirements.txt > .venv-oldest/requirements.txt
 	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/requirements.txt

@@ -28,13 +28,13 @@ def chosen_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise Misuse(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
     if device.type == "cuda":
-        _has_kernels(device)
+        _check_kernels(device)
         if device.index is not None and "RANK" not in os.environ:  # torchrun's processes have one each
             torch.cuda.set_device(device)
     return device
 
 
-def _has_kernels(device: torch.device) -> None:
+def _check_kernels(device: torch.device) -> None:
     """Raises Misuse where this torch was built for newer GPUs only: the first kernel would fail, without naming the cause."""
     built = [int(found[1]) for kind in torch.cuda.get_arch_list() if (found := re.fullmatch(r"sm_(\d+)[a-z]?", kind))]  # AMD's have other names
     major, minor = torch.cuda.get_device_capability(device)

@@ -169,7 +169,7 @@ def throughput() -> str:
             "times published FGSM-SDI": ("times_the_published_fgsm_sdi", 1, ".2f")}
         cells = {title: [format(times * row[key], form) if key in row else "" for row in rows] for title, (key, times, form) in columns.items()}
         cells = {title: found for title, found in cells.items() if any(found)}
-        parts.append(show.grid(["method", *cells], list(zip(report["rows"], *cells.values())), text=1) + f"\n\nResNet18, batch 128, real CIFAR-10 images"
+        parts.append(show.grid(["method", *cells], zip(report["rows"], *cells.values()), text=1) + f"\n\nResNet18, batch 128, real CIFAR-10 images"
                      f"{', ' + report['flags'] if report['flags'] else ''}; {report['batches'] - report['warm_up']} batches "
                      f"after {report['warm_up']}; {report['device']}, torch {report['versions']['torch']}, commit {report['commit'][:10]}.")
     return "\n\n".join(parts) or NOTHING
