@@ -23,7 +23,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Callable = F.cr
 
     Args:
         y: whatever `loss` compares the logits with: labels (N,), soft labels or other logits (N, classes).
-        loss: from (logits, y) to a tensor without dimensions.
+        loss: from (logits, y) to a scalar tensor.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), frozen(model):
@@ -31,7 +31,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Callable = F.cr
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """(N,) max_{k != y} z_k - z_y: above 0 where another class than y is predicted."""
+    """(N,) max_{k != y} z_k - z_y: positive where a class other than y is predicted."""
     true = y[:, None]
     return logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true)[:, 0]
 
@@ -59,10 +59,10 @@ def pgd(
     delta = torch.zeros_like(x) if start is None else inside_image(start, x)
     standing = torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        noisy = (x[standing] + delta[standing]).requires_grad_()
+        x_adv = (x[standing] + delta[standing]).requires_grad_()
         with torch.enable_grad(), frozen(model):
-            logits = model(noisy)
-            gradient = torch.autograd.grad(loss(logits, y[standing]), noisy)[0]
+            logits = model(x_adv)
+            gradient = torch.autograd.grad(loss(logits, y[standing]), x_adv)[0]
         correct = logits.argmax(1) == y[standing]
         standing, gradient = standing[correct], gradient[correct]
         if len(standing) == 0:

@@ -1,8 +1,8 @@
-"""The papers' tables, with one command each: python reproduce.py list | run V | show V | figure NAME | site
+"""The papers' tables, with one command each: python reproduce.py list | run V | show V | seeds RUN ... | figure NAME | site
 
 list shows every table and how much of it is measured. run trains and evaluates what is missing, resumably; show puts what
-was measured beside what was published, and leaves a cell empty where nothing was measured; figure draws; site writes one
-HTML page with all of it.
+was measured beside what was published, and leaves a cell empty where nothing was measured; seeds puts runs of your own together,
+each evaluated before; figure draws; site writes one HTML page with all of it.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from engine.device import chosen_device, keep_freed_memory
 from experiments import figures, side_by_side, tables
 from experiments.figures import sources
 from experiments.runner import all_devices, do_all
+from experiments.show import Runs, over_seeds
 from experiments.site import page
 
 RESULTS = record.ROOT / "results"
@@ -55,6 +56,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     show.add_argument("--measured", action="store_true", help="without the rows that have not been measured")
     show.add_argument("--tolerance", type=float, default=1.0,
                       help="points from the published accuracy beyond which a cell is marked, where so many images can tell (default: 1)")
+    text = "mean and range over the seeds of runs of your own, each evaluated before"
+    seeds = commands.add_parser("seeds", help=text, description=text)
+    seeds.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="the --out-dir of a run; those that differ in the seed alone share a row")
     listed = "".join(f"\n  {name:<17} {each.text}" for name, each in figures.FIGURES.items())
     figure = command("figure", "measures and draws one of the papers' figures", f":\n{listed}\n\nDescribed in docs/figures.md.")
     figure.add_argument("name", choices=list(figures.FIGURES), metavar="NAME", help="one of those above")
@@ -92,14 +96,18 @@ def run(args: argparse.Namespace) -> None:
             print("python", *job.train, "--data-dir", args.data_dir, "--out-dir", job.folder)
         return
     missing = [job for job in jobs if not job.is_done()]
-    print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done", flush=True)
+    devices = args.devices.split(",") if args.devices else all_devices()
+    print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
+          f"{', the others on ' + ', '.join(devices) if missing else ''}", flush=True)
+    if changed := sum(side_by_side.dirty(record.read_json(job.result)) for job in jobs if job not in missing):
+        print(f"warning: {changed} of those done {side_by_side.CHANGED}", flush=True)
     if missing:
         source = record.source()
         if source["dirty"]:
             why = "this tree differs from its commit" if source["commit"] else "git does not tell the commit of this tree (SOURCE_COMMIT in the environment would)"
-            print(f"warning: {why}; what is measured now is written down, and not shown", flush=True)
+            print(f"warning: {why}: what is measured now is written down, and never shown. Commit first, or run from a checkout of its own (git worktree add), "
+                  "which nobody edits meanwhile", flush=True)
         load(table.dataset, args.data_dir)  # once, before all processes want it
-        devices = args.devices.split(",") if args.devices else all_devices()
         failed, unfinished = do_all(missing, args.data_dir, devices, args.time_limit)
         for said in unfinished:
             print(f"  {said}", flush=True)
@@ -114,6 +122,13 @@ def run(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     table = tables.find(args.table, args.dataset)
     print(side_by_side.rendered(table, tables.SCALES[args.scale], args.results, args.format, args.tolerance, args.measured))
+
+
+def seeds(args: argparse.Namespace) -> None:
+    runs: Runs = {}
+    for one in sources.of_folders(args.folders):
+        runs.setdefault(one.label, []).append(one.content)
+    print(over_seeds(runs))
 
 
 def figure(args: argparse.Namespace) -> None:
@@ -131,8 +146,8 @@ def figure(args: argparse.Namespace) -> None:
             runs = sources.of_folders([Path(folder) for folder in args.runs.split(",")])
         else:
             runs = figures.runs(figure, sources.Place(name, table, scale, args.output, args.results, given), args.rows.split(",") if args.rows else ())
-        figures.measured(args.name, runs, sources.Setting(args.data_dir, device, args.checkpoint, 200 if scale.shrunk else 1000), path)
-    figures.drawn(path)
+        figures.write_measurement(args.name, runs, sources.Setting(args.data_dir, device, args.checkpoint, 200 if scale.shrunk else 1000), path)
+    figures.write_pictures(path)
     print(f"{path}, and beside it {path.stem}.pdf and {path.stem}.png")
 
 
@@ -143,7 +158,7 @@ def site(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    {"list": list_, "run": run, "show": show, "figure": figure, "site": site}[args.command](args)
+    {"list": list_, "run": run, "show": show, "seeds": seeds, "figure": figure, "site": site}[args.command](args)
 
 
 if __name__ == "__main__":

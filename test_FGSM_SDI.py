@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine import card, checkpoint, data, distributed, evaluate, foreign, record
-from engine.config import Parser, spelled
+from engine.config import Parser, doubtful, spelled
 from engine.errors import Misuse, one_sentence
 from engine.device import chosen_device, keep_freed_memory
 
@@ -93,6 +93,8 @@ def main(args: argparse.Namespace) -> dict:
     if isinstance(epsilon, str) or not 0 < epsilon <= 255:
         raise Misuse(f"the radius {epsilon}, of --epsilon or of {path}: must be a number of 255ths, above 0 and up to 255; give --epsilon")
     alpha = args.pgd_alpha or epsilon / 4
+    asked = {"dataset": name, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n, "seed": args.seed}
+    evaluate.check_replaceable(out_dir / "evaluation.json", {"checkpoint": report, "metrics": columns, **asked})
     saved = out_dir / "autoattack.pth"
     settings = dict(eps=epsilon / 255, seed=args.seed)
     settings["batch_size"] = args.batch_size or evaluate.batch_size_for(model, x, y, path=saved, **settings)
@@ -100,6 +102,8 @@ def main(args: argparse.Namespace) -> dict:
         out_dir.mkdir(parents=True, exist_ok=True)
         _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
 
+    if leads:
+        print(f"{path}: {report['arch']} on {n} test images of {name}, epsilon {epsilon:g}/255", flush=True)
     plain = [column for column in columns if column not in evaluate.AUTOATTACK_COLUMNS]
     found: dict[str, torch.Tensor] = {}
     seconds = {"loading": time.perf_counter() - began}
@@ -130,12 +134,11 @@ def main(args: argparse.Namespace) -> dict:
     with evaluate.trustworthy():  # so that what is written is as it was while measuring
         provenance = record.provenance(device, "fp32", record.continued(source, attacked.get("source")))
     content = {
-        "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "dataset": name,
-        "arch": report["arch"], "checkpoint": report, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n,
+        "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "arch": report["arch"], "checkpoint": report, **asked,
         "test_order": "a fixed permutation of the files" if dataset.shuffled else "of the files",
-        "seed": args.seed, "batch_size": settings["batch_size"], "compiled": args.compile, "processes": distributed.world_size(),
+        "batch_size": settings["batch_size"], "compiled": args.compile, "processes": distributed.world_size(),
         "metrics": {column: record.percent(standing) for column, standing in found.items()},
-        "warnings": [*report["doubts"], *dict.fromkeys(attacked.get("warnings", [])), *card.warnings(claim, n, len(dataset.x_test))],
+        "warnings": [*doubtful(epsilon), *report["doubts"], *dict.fromkeys(attacked.get("warnings", [])), *card.warnings(claim, n, len(dataset.x_test))],
         "card": claim, "verdicts": "verdicts.npz",
         "config": vars(args), "seconds": seconds, "images_per_second": n / sum(seconds.get(part, 0.0) for part in ("pgd", "autoattack")),
         "peak_memory_bytes": record.peak_memory(device), **provenance,

@@ -1,4 +1,4 @@
-"""FAT: PGD that lets go of an image tau steps after it is misclassified, so that no attack is stronger than it need be.
+"""FAT: early-stopped PGD, which leaves an image tau steps after it is misclassified, so that no attack is stronger than it need be.
 
 Zhang et al., "Attacks which do not kill training make adversarial learning stronger", ICML 2020, Algorithms 1 and 2.
 docs/methods.md#fat.
@@ -30,10 +30,10 @@ def perturb(model, x, y, target, eta, eps, alpha, steps, tau, noise):
     patience = torch.full_like(y, tau)
     moving = torch.arange(len(y), device=y.device)
     for _ in range(steps):
-        noisy = (x[moving] + delta[moving]).requires_grad_()
+        x_adv = (x[moving] + delta[moving]).requires_grad_()
         with frozen(model):
-            logits = model(noisy)
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, target[moving]), noisy)
+            logits = model(x_adv)
+            gradient, = torch.autograd.grad(F.cross_entropy(logits, target[moving]), x_adv)
         wrong = logits.argmax(1) != y[moving]
         goes_on = ~wrong | (patience[moving] > 0)
         patience[moving] -= wrong.long()

@@ -85,7 +85,7 @@ def main(cfg: Config) -> None:
     for x, y, index in run.batches():
         anew = run.epoch == 0 or (cfg.reset and run.epoch % cfg.reset == 0)
         if anew and run.batch == 0:
-            prior.forget()  # what no crop of this epoch will show
+            prior.forget()  # with --align, pixels outside this epoch's crops must not keep the last period's
             momenta.forget()
         step(x, y, index, anew)
 

@@ -1,4 +1,4 @@
-"""FGSM-RS with ConvergeSmooth: whenever the clean loss leaves last epoch's level, it is pulled back.
+"""FGSM-RS with ConvergeSmooth: a regulariser pulls the loss of noisy images back whenever it leaves the last epoch's mean.
 
 Zhao, Zhang, Kong & Yin, "Fast adversarial training with smooth convergence", ICCV 2023, in the form of the FastAT Benchmark (its
 FGSM-RS-CS). docs/methods.md#fgsm-rs-cs.
@@ -50,6 +50,7 @@ def main(cfg: Config) -> None:
             strays = (noisy_loss - level).detach()
             loss = loss + cfg.cs_weight * strays.sign() * (strays.abs() > cfg.gamma) * noisy_loss
         run.update(loss, logits=logits)
+        # A batch whose loss is not finite does not count.
         epoch_sum.add_(noisy_loss.detach().nan_to_num(0, 0, 0) * len(noisy_logits))
         seen.add_(noisy_loss.isfinite() * len(noisy_logits))
 

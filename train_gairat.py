@@ -21,17 +21,17 @@ class Config(engine.Config):
     steps: int = engine.flag(10, "steps of the attack, half of which are the measure of the boundary", at_least=2)
     gair_lambda: float = engine.flag(-1.0, "shift of the weights: the lower, the less the images far from the boundary weigh")
     weights: Literal["tanh", "sigmoid", "discrete"] = engine.flag("tanh", "the weight as a function of the steps survived")
-    begin: float = engine.flag(0.5, "images are weighted from the epoch on that ends at this part of the run (published: the 60th of 120)")
+    begin: float = engine.flag(0.5, "images are weighted from the epoch on that ends at this fraction of the run (published: the 60th of 120)")
 
 
 def perturb(model, x, y, target, eta, eps, alpha, steps):
     """Inner maximisation by PGD: delta, and kappa, (B,), how many of the points on the way were classified correctly."""
     delta, kappa = inside_image(eta, x), torch.zeros_like(x[:, 0, 0, 0])
     for _ in range(steps):
-        noisy = (x + delta).requires_grad_()
+        x_adv = (x + delta).requires_grad_()
         with frozen(model):
-            logits = model(noisy)
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, target), noisy)
+            logits = model(x_adv)
+            gradient, = torch.autograd.grad(F.cross_entropy(logits, target), x_adv)
         kappa += logits.argmax(1) == y
         delta = inside_image(project(delta + alpha * gradient.sign(), eps), x)
     return delta, kappa

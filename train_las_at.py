@@ -76,9 +76,10 @@ class Config(engine.Config):
 
 
 def choose(logits, uniform):
-    """One action per image and parameter, sampled by Gumbel's trick, and the sum of their log-probabilities, (B,)."""
+    """One action per image and attack parameter, sampled by the Gumbel-max trick, and the sum of their log-probabilities, (B,)."""
     log_p = {name: F.log_softmax(values, 1) for name, values in logits.items()}
-    action = {name: (values.detach() - (-((1 + uniform(values)) / 2).log()).log()).argmax(1) for name, values in log_p.items()}
+    gumbel = {name: -(-((1 + uniform(values)) / 2).log()).log() for name, values in log_p.items()}  # of noise in (0, 1)
+    action = {name: (values.detach() + gumbel[name]).argmax(1) for name, values in log_p.items()}
     return action, sum(log_p[name].gather(1, chosen[:, None])[:, 0] for name, chosen in action.items())
 
 
@@ -99,18 +100,18 @@ def perturb_weights(model, loss, gamma, averaged=lambda gradients: gradients):
     return weights, [(gamma * w.detach().norm() / (g.norm() + 1e-20) * g).nan_to_num(0) for w, g in zip(weights, gradients)]
 
 
-def strongest(model, x, y, starts, eps, alpha, rests, whole=lambda moves: moves):
-    """PGD-10 with restarts, in training mode; an image keeps the end of the highest loss, and where it `rests` it stays while it is misclassified."""
+def strongest(model, x, y, starts, eps, alpha, stop_when_fooled, gathered=lambda moves: moves):
+    """PGD-10 with restarts, in training mode: per image the delta of the highest loss. `stop_when_fooled`: not moved while it is misclassified."""
     best, highest = torch.zeros_like(x), torch.zeros_like(x[:, 0, 0, 0])
     for start in starts:
         delta = inside_image(start, x)
         for _ in range(10):
-            noisy = (x + delta).requires_grad_()
-            logits = model(noisy)
-            moves = (logits.argmax(1) == y) | (not rests)
-            if not whole(moves).any():  # of the whole batch: every process makes the same passes
+            x_adv = (x + delta).requires_grad_()
+            logits = model(x_adv)
+            moves = (logits.argmax(1) == y) | (not stop_when_fooled)
+            if not gathered(moves).any():  # of the whole batch: every process makes the same passes
                 break
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, y), noisy)
+            gradient, = torch.autograd.grad(F.cross_entropy(logits, y), x_adv)
             delta = torch.where(moves[:, None, None, None], inside_image(project(delta + alpha * gradient.sign(), eps), x), delta)
         with torch.no_grad():
             loss = F.cross_entropy(model(x + delta), y, reduction="none")
@@ -139,12 +140,12 @@ def main(cfg: Config) -> None:
     values = {name: torch.tensor(cfg.options(name), dtype=torch.get_default_dtype(), device=run.device)
               for name in ("radii", "steps", "step_sizes", *(["betas"] if cfg.base == "trades" else []))}
     strategy = StrategyNetwork({name: len(options) for name, options in values.items()}, channels=run.channels, image_size=run.shape[1],
-                               width=cfg.strategy_width, blocks=(1, 1, 1, 0) if cfg.dataset == "digits" else (2, 2, 2, 2))
+                               width=cfg.strategy_width)
     strategy_optimizer = torch.optim.SGD(strategy.parameters(), lr=cfg.strategy_lr, momentum=cfg.momentum, weight_decay=5e-4 if cfg.momentum else 0)
     run.keep(strategy=strategy, strategy_optimizer=strategy_optimizer)
 
     @torch.no_grad()
-    def attack(action):
+    def attack(x, y, action):
         """delta and beta of the chosen strategies; the classifier's BatchNorm in evaluation mode."""
         radius, alpha, steps = (values[name][action[name]].view(-1, 1, 1, 1) for name in ("radii", "step_sizes", "steps"))
         with eval_mode(model):
@@ -158,28 +159,28 @@ def main(cfg: Config) -> None:
     for x, y, _ in run.batches():  # not captured: the reward's attack looks at which images still move
         if (run.step + 1) % cfg.interval == 0:  # the strategy network ascends the reward: REINFORCE, one reward for the batch
             action, log_p = choose(strategy.train()(x), run.uniform)
-            delta, beta = attack(action)
+            delta, beta = attack(x, y, action)
             with torch.no_grad(), eval_mode(model, enabled=cfg.base != "trades"):  # TRADES's in training mode, as published
                 labels = run.gathered(y)  # the reward is the global batch's
                 if cfg.base == "trades":
                     clean_logits, logits = model(x), model(x + delta)
-                    found = (F.cross_entropy(run.gathered(clean_logits), labels) + run.gathered(beta * divergence(logits, clean_logits)).mean()).clamp(0, 20)
+                    reward = (F.cross_entropy(run.gathered(clean_logits), labels) + run.gathered(beta * divergence(logits, clean_logits)).mean()).clamp(0, 20)
                 else:
-                    found = F.cross_entropy(run.gathered(model(x + delta)), labels).clamp(0, 10)
+                    reward = F.cross_entropy(run.gathered(model(x + delta)), labels).clamp(0, 10)
             trained = descended(model, x, y, delta, beta, cfg, run.classes, run.lr, run.averaged)
             robust = strongest(trained, x, y, [eps * run.uniform(x) for _ in range(2)], eps, eps / 4, cfg.base != "awp", run.gathered)
             with torch.no_grad(), eval_mode(trained):
                 for shift, weight in ((robust, cfg.robust), (0, cfg.clean)):
                     logits = run.gathered(trained(x + shift))
                     score = (logits.argmax(1) == labels).float().mean() if cfg.reward == "accuracy" else -F.cross_entropy(logits, labels)
-                    found = found + weight * score
-            decays = sum(run.step // cfg.interval >= round(part * run.total) for part in cfg.decays)  # of its own updates, as published
+                    reward = reward + weight * score
+            decays = sum(run.step // cfg.interval >= round(part * run.total) for part in cfg.decays)  # its own updates count, against the classifier's total: as published
             strategy_optimizer.param_groups[0]["lr"] = cfg.strategy_lr * (run.lr / (cfg.lr or 1) if cfg.base == "awp" else 0.1**decays)
-            run.update(-(log_p * found).mean(), strategy_optimizer, max_norm=1.0)
+            run.update(-(log_p * reward).mean(), strategy_optimizer, max_norm=1.0)
 
         with torch.no_grad():
             action, _ = choose(strategy.eval()(x), run.uniform)
-        delta, beta = attack(action)
+        delta, beta = attack(x, y, action)
         if cfg.base == "trades":
             clean_logits, logits = model(x), model(x + delta)
             run.update(F.cross_entropy(clean_logits, y) + (beta * divergence(logits, clean_logits)).mean(), logits=logits)

@@ -23,7 +23,7 @@ def project(delta: Tensor, eps: float) -> Tensor:
 
 
 def inside_image(delta: Tensor, x: Tensor) -> Tensor:
-    """The part of `delta` that keeps x + delta in [0, 1]; no gradient passes. Shapes alike."""
+    """`delta` clipped so that x + delta lies in [0, 1], detached; x in [0, 1], of the same shape."""
     return delta.detach().clamp(-x, 1 - x)
 
 
@@ -90,7 +90,7 @@ def untracked(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def moved(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, each tensor is its move further. It is taken back by subtraction, so that what an optimizer did inside stays."""
+    """Adds each move to its tensor inside the block and subtracts it afterwards, so that an optimizer's step made inside stays."""
     try:
         with torch.no_grad():
             torch._foreach_add_(tensors, moves)

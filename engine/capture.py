@@ -121,7 +121,7 @@ class Rates:
 class Captured:
     """What `run.captured` makes of a step; called like it.
 
-    Tensors must be those of the batch. A float arrives as a tensor without dimensions where the step is recorded. Integers, booleans and
+    Tensors must be those of the batch. A float arrives as a scalar tensor where the step is recorded. Integers, booleans and
     strings are decisions: there is one recording for each combination of them and of the batch's size.
     """
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import attacks
 from engine import checkpoint, evaluate
-from engine.data import evaluation_generator, in_ball, to_images
+from engine.data import to_images
+from engine.random_streams import evaluation_generator, in_ball
 from utils import eval_mode, inside_image
 
 MINIMUM = 100
@@ -227,10 +228,10 @@ def slope(of: Subject) -> Measured:
     directions = of.start("directions").sign()
 
     def slopes(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
-        told = (attacks.input_gradient(of.model, x, y, summed_margin) * d).flatten(1).sum(1)
+        predicted = (attacks.input_gradient(of.model, x, y, summed_margin) * d).flatten(1).sum(1)
         with torch.no_grad():
-            seen = (attacks.margins(of.model(x + h * d), y) - attacks.margins(of.model(x - h * d), y)) / (2 * h)
-        return torch.stack([told, seen], 1)
+            measured = (attacks.margins(of.model(x + h * d), y) - attacks.margins(of.model(x - h * d), y)) / (2 * h)
+        return torch.stack([predicted, measured], 1)
 
     value = 1 - torch.corrcoef(of.batched(slopes, points, of.labels, directions).double().T)[0, 1].item()
     return value, 0.2, f"the margin's slope along random directions correlates by {1 - value:.2f} with what the gradient says of it"

@@ -96,7 +96,7 @@ def find(path: Path, cfg: Config) -> dict[str, Any] | None:
     for name in [*wanted, *(saved["config"].keys() - wanted.keys())]:
         if name not in {*MAY_CHANGE, "precision"} and saved["config"].get(name) != wanted.get(name):
             raise Misuse(f"{path} was saved with {name} {saved['config'].get(name)}, this run has {wanted.get(name)}: give the same, "
-                         "or --resume never to start again, or another --out-dir")
+                         "or another --out-dir; or --resume never, which deletes that run and begins anew")
     return saved
 
 

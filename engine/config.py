@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
+import models
 from engine.errors import Misuse
 from engine.schedule import DECAYS, SCHEDULES, Rates
 
@@ -77,25 +78,25 @@ class Config:
 
     dataset: Literal["digits", "cifar10", "cifar100", "svhn", "gtsrb", "tiny-imagenet", "imagenet"] = flag("cifar10", "data set")
     data_dir: str = flag("data/", "where data sets lie, and are downloaded to")
-    arch: str | None = by_dataset("network, a name from models")
+    arch: str | None = by_dataset(f"network: {', '.join(models.NAMES)}")
     width: int | None = flag(None, "base width of the network; default: the architecture's own", at_least=1)
-    normalise: Literal["none", "dataset"] = flag("none", "first layer of the network: none, as in the papers, or the data set's mean and deviation")
+    normalise: Literal["none", "dataset"] = flag("none", "input normalisation, the network's first layer: none, as in the papers, or the data set's mean and standard deviation")
     epochs: int | None = by_dataset("passes over the training images", at_least=1)
     batch_size: int | None = by_dataset("images per update, over all processes together", at_least=1)
     lr: float | None = by_dataset("learning rate, its peak where the schedule has one; cyclic: the papers' 0.2, or the method's own", at_least=0)
-    lr_schedule: Literal["multistep", "cyclic", "onecycle", "constant"] | None = by_dataset("how the learning rate moves; cyclic and onecycle move the momentum too")
+    lr_schedule: Literal["multistep", "cyclic", "onecycle", "constant"] | None = by_dataset("learning-rate schedule; cyclic and onecycle cycle the momentum too")
     milestones: str | None = flag(None, "epochs after which multistep divides the rate by 10, as 100,105; default: at 100/110 and 105/110 of the run, "
                                   "imagenet at thirds of it, LAS-AT at parts of its own")
-    cyclic_top: float = flag(0.5, "the part of the run at which cyclic has its peak (GradAlign's own code: 0.4)")
-    cycle_momentum: bool = flag(True, "let a schedule that moves the momentum do so (the papers' scripts do)")
-    weight_decay: float | None = by_dataset("on all parameters", at_least=0)
-    max_grad_norm: float | None = flag(None, "largest L2 norm of the classifier's gradient, a longer one is scaled down; 0: none "
+    cyclic_top: float = flag(0.5, "fraction of the run at which the cyclic schedule peaks (GradAlign's own code: 0.4)")
+    cycle_momentum: bool = flag(True, "let cyclic and onecycle cycle the momentum (the papers' scripts do)")
+    weight_decay: float | None = by_dataset("weight decay of SGD, on all parameters", at_least=0)
+    max_grad_norm: float | None = flag(None, "gradient clipping: largest L2 norm of the classifier's gradient; 0: no clipping "
                                        "(default: none, or what the method's code has)", at_least=0)
     epsilon: float | None = by_dataset("radius of the L-infinity ball, in 255ths", at_least=0)
     label_factor: float = flag(1.0, "probability kept on the true class, the rest is spread evenly over the others")
-    ema: float = flag(0.0, "decay of a weight average that is evaluated beside the weights (FastAT Benchmark: 0.9995); 0: none")
-    augment: Literal["crop", "none"] = flag("crop", "random shift (imagenet: crop and size), and flip where the data set has mirror images")
-    padding: Literal["zero", "reflect"] = flag("zero", "what a random shift brings in at the border")
+    ema: float = flag(0.0, "decay of an exponential moving average of the weights, evaluated beside them (FastAT Benchmark: 0.9995); 0: none")
+    augment: Literal["crop", "none"] = flag("crop", "data augmentation: random crop (imagenet: random resized crop), and horizontal flip where the data set has mirror images")
+    padding: Literal["zero", "reflect"] = flag("zero", "padding of the random crop")
     image_size: int | None = by_dataset("side of a crop, where images are streamed; the other sets have their own size", at_least=8)
     workers: int | None = flag(None, "processes that read and decode streamed images; default: one for each core that this process has, up to 16", at_least=0)
     decode: Literal["cpu", "gpu"] = flag("cpu", "where streamed JPEGs are decoded; gpu is experimental, and has never been run on a GPU so far")
@@ -104,7 +105,7 @@ class Config:
     val_size: int | None = by_dataset("training images held out, from the end", at_least=0)
     select_on: Literal["val", "test"] = flag("val", "what picks best.pth; the published tables pick on the test set (with --val-size 0)")
     measure: str = flag("clean,fgsm,pgd10", "accuracies measured on those images after every epoch; pgd10 picks best.pth")
-    measure_train: int = flag(0, "measure so many training images too, without augmentation", at_least=0)
+    measure_train: int = flag(0, "also evaluate the first N training images, without data augmentation", at_least=0)
     seed: int = flag(0, "of weights, order, augmentation and noise", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", "of the network while training; auto: bf16 on a GPU that has it, fp32 on a CPU. fp32 on a GPU lets convolutions use TF32, as torch does unless told otherwise; evaluation never does")
@@ -118,14 +119,14 @@ class Config:
         "up to 1 % of an epoch's")
     deterministic: bool = flag(False, "deterministic kernels only, so that a resumed GPU run is bitwise the same")
     out_dir: str | None = flag(None, "where the run's files go; default: output/<method>-<dataset>-seed<seed>")
-    resume: Literal["auto", "never", "must"] = flag("auto", "continue a run found in --out-dir")
+    resume: Literal["auto", "never", "must"] = flag("auto", "continue a run found in --out-dir; never: begin anew, and DELETE the run that lies there; must: end where there is none")
     save_every: float = flag(5.0, "minutes between saves inside an epoch; every epoch's end is saved too", at_least=0)
     time_limit: float | None = flag(None, "minutes after which the run saves itself and exits", at_least=0)
     snapshots: str | None = flag(None, "epochs, as 1,5,10, after which state.pth is also kept as state-<epoch>.pth")
     tensorboard: bool = flag(False, "also write TensorBoard event files (needs the tensorboard package)")
 
     CYCLIC_LR: ClassVar[float] = 0.2  # the papers' peak; GradAlign and FGSM-CKPT have their own
-    DECAYS: ClassVar[tuple[float, ...]] = DECAYS  # multistep's, as parts of the run
+    DECAYS: ClassVar[tuple[float, ...]] = DECAYS  # multistep's, as fractions of the run
     GRAD_NORMS: ClassVar[dict[str, float]] = {}  # --max-grad-norm by data set, where the method's code clips
     METHOD: ClassVar[str] = ""
     SAME_SIZES: ClassVar[bool] = True  # whether its attack passes whole batches through the network
@@ -162,7 +163,7 @@ class Config:
 
     @property
     def decays(self) -> Sequence[float]:
-        """After which parts of the run multistep divides the rate by 10."""
+        """After which fractions of the run multistep divides the rate by 10."""
         if self.milestones:
             return [epoch / self.epochs for epoch in numbers("milestones", self.milestones)]
         return RECIPES[self.dataset].get("decays", self.DECAYS)
@@ -235,6 +236,11 @@ def parser(cls: type[Config], doc: str | None) -> Parser:
         options["help"] = options["help"].replace("%", "%%")
         groups[field.name in shared].add_argument(spelled(field.name), **options)
     return built
+
+
+def doubtful(radius: float) -> list[str]:
+    """A sentence about --epsilon where it looks like a fraction of 1: 0.031 is what TRADES' and AWP's scripts call 8."""
+    return [f"--epsilon {radius:g} is {radius:g}/255; if it was meant as a fraction of 1, give --epsilon {255 * radius:.3g}"] if 0 < radius < 0.2 else []
 
 
 def spelled(name: str) -> str:

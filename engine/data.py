@@ -5,7 +5,7 @@ processes, or of how often the run was interrupted.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import sets
+from engine import random_streams, sets
 from engine.errors import Misuse
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -26,7 +26,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": ((0.3054,), (0.3760,)),
 }
-"""Channel means and deviations of the training images, in [0, 1]."""
+"""Channel means and standard deviations of the training images, in [0, 1]."""
 
 SETS: dict[str, dict] = {
     "digits": dict(classes=10, flip=False, pad=1),
@@ -38,35 +38,6 @@ SETS: dict[str, dict] = {
     "imagenet": dict(flip=True, pad=0, shuffled=True),
 }
 """What is known of each data set beforehand: see `Dataset`."""
-
-DATA, _NOISE, _EVALUATION, CROP = range(4)  # streams of random numbers that must never meet
-STREAMS = {"fgsm": 0, "pgd": 1, "cw": 2, "ball": 3, "order": 4, "directions": 5, "square": 6, "figures": 9}  # the evaluation's own
-
-
-def stream_seed(seed: int, *stream: int) -> int:
-    """A function of (seed, stream): nearby numbers give unrelated ones."""
-    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]) >> 1
-
-
-def seeded(seed: int, *stream: int) -> torch.Generator:
-    """A generator on the CPU that is a function of (seed, stream)."""
-    return torch.Generator().manual_seed(stream_seed(seed, *stream))
-
-
-def noise_generator(generator: torch.Generator, seed: int, step: int) -> None:
-    """Puts `generator` at the start of the attack noise of batch `step` of the run."""
-    generator.manual_seed(stream_seed(seed, _NOISE, step))
-
-
-def evaluation_generator(seed: int, stream: str) -> torch.Generator:
-    """The generator of an evaluation's random numbers: a stream for each of their uses."""
-    return seeded(seed, _EVALUATION, STREAMS[stream])
-
-
-def in_ball(shape: Sequence[int], eps: float, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform in [-eps, eps], the same on every device: `generator` is one of the CPU."""
-    return eps * (2 * torch.rand(shape, generator=generator) - 1).to(device)
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -208,7 +179,7 @@ class Batches:
 
     def epoch(self, epoch: int, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields x (B, C, H, W) in [0, 1], y (B,) int64, index (B,) int64 of the images, from batch `first` on."""
-        generator = seeded(self.seed, DATA, epoch)
+        generator = random_streams.seeded(self.seed, random_streams.DATA, epoch)
         order = torch.randperm(self.n, generator=generator).to(self.device)
         shift = torch.randint(0, 2 * self.pad + 1, (self.n, 2), generator=generator).to(self.device)
         mirror = (torch.rand(self.n, generator=generator) < 0.5).to(self.device) & self.flip

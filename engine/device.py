@@ -1,14 +1,18 @@
-"""The device of a run: which one, how torch is set up for it, its clock."""
+"""The device of a run: which one, how torch is set up for it, its memory, cores and clock."""
 from __future__ import annotations
 
 import ctypes
 import os
 import re
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from engine.errors import Misuse
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, in how many
 
 
 def chosen_device(name: str) -> torch.device:
@@ -73,6 +77,25 @@ def keep_freed_memory(device: torch.device) -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
         pass
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that `device` could still give, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:  # what is free, and what the system would give up for it
+        return 1024 * next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cores() -> int:
+    """How many of this machine's processor cores, or of its container's, are this process's share."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or no limit: "max"
+        quota, period = map(int, QUOTA.read_text().split())
+        found = min(found, -(-quota // period))
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def clock(device: torch.device) -> float:

@@ -7,10 +7,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,6 @@ from torch import Tensor
 import torch.distributed as dist
 
 from engine.errors import Misuse
-
-
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, in how many
 
 
 def start(device: torch.device, *, seldom: bool = False) -> torch.device:
@@ -89,15 +85,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def cores() -> int:
-    """How many of this machine's processor cores, or of its container's, are this process's share."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no such file, or no limit: "max"
-        quota, period = map(int, QUOTA.read_text().split())
-        found = min(found, -(-quota // period))
-    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def shard(n: int) -> slice:

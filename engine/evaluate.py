@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import attacks
 from engine import checkpoint, distributed, record
 from engine.capture import compiling
-from engine.data import evaluation_generator, in_ball, to_images
+from engine.data import to_images
 from engine.errors import Failure, Misuse
+from engine.random_streams import evaluation_generator, in_ball
 from utils import eval_mode
 
 COLUMNS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "cw", "apgd", "aa")
@@ -117,6 +118,9 @@ def auto_attack(
 
     Returns:
         For each of the columns asked for, (N,) bool on the CPU.
+
+    Raises:
+        Misuse: `path` holds verdicts of this network at another radius, seed or batch size, or on more images.
     """
     wanted = attacks.AUTOATTACK if "aa" in columns else attacks.AUTOATTACK[:1]
     images, leads, device = to_images(x).contiguous(), distributed.rank() == 0, next(model.parameters()).device
@@ -162,9 +166,9 @@ def auto_attack(
         return found["standing"]
 
     with trustworthy(), eval_mode(model):
-        identity = _fingerprint(model, x, y, eps, seed)
-        state = (_load_attacks(path, identity, log, batch_size) if leads else None) or {
-            "identity": identity, "batch_size": batch_size, "standing": {}, "unfinished": {}, "x_adv": images.clone(), "seconds": 0.0, "warnings": []}
+        identity = _identity(model, x, y, eps=eps, seed=seed) | {"batch_size": batch_size}
+        state = (_load_attacks(path, identity, log) if leads else None) or {
+            "identity": identity, "standing": {}, "unfinished": {}, "x_adv": images.clone(), "seconds": 0.0, "warnings": []}
         state["source"] = record.continued(record.source(), state.get("source"))
         verdict = state["standing"] = _of_first(state["standing"], ("clean", *attacks.AUTOATTACK), len(x))
         state["unfinished"] = _of_first(state.get("unfinished", {}), ("standing", "attacked"), len(x))
@@ -197,29 +201,58 @@ def _of_first(rows: dict[str, Tensor], names: Sequence[str], n: int) -> dict[str
     return {name: row.bool() for row, name in zip(table, names) if row[0] != absent}
 
 
-def _fingerprint(model: nn.Module, x: Tensor, y: Tensor, *settings: float) -> str:
-    """Of weights, images, settings, and of the network's form: several of the published ones may have the same weights."""
+def _identity(model: nn.Module, x: Tensor, y: Tensor, **settings: float) -> dict[str, Any]:
+    """What AutoAttack's verdicts depend on. Of the network its form too: several of the published ones may have the same weights."""
     form = [(name, type(layer).__name__, sorted((key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str))))
             for name, layer in model.named_modules()]
-    tensors = checkpoint.digest({**model.state_dict(), "the images": x, "the labels": y})
-    return hashlib.sha256(repr((settings, form, tensors)).encode()).hexdigest()
+    network = hashlib.sha256(repr((form, checkpoint.digest(model.state_dict()))).encode()).hexdigest()
+    return {"network": network, "images": checkpoint.digest({"x": x, "y": y}), "n": len(x), **settings}
 
 
-def _load_attacks(path: Path, identity: str, log: Callable[[str], None] = lambda line: None, batch_size: int | None = None) -> dict[str, Any] | None:
-    """The evaluation that `path` holds, if it is this one; with batches of that many images, where that is said: random starts are drawn by the batch."""
+def _load_attacks(path: Path, identity: dict[str, Any], log: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
+    """The evaluation that `path` holds, if it is this one; without a batch size in `identity`, one of any: random starts are drawn by the batch.
+
+    Raises:
+        Misuse: it is another one of the same network, which took long and would be lost; one of fewer images may go.
+    """
     if not path.is_file():
         return None
     try:
         state = checkpoint.load(path)
-        if state["identity"] == identity and batch_size in (None, state["batch_size"]):
+        before = state["identity"]
+        differing = [name for name in identity if identity[name] != before[name]]
+        if not differing:
             log(f"continuing from {path}: {', '.join(state['standing'])} done")
             return state
+        if before["network"] == identity["network"] and not (differing == ["images", "n"] and before["n"] < identity["n"]):
+            _refuse(path, {name: (before[name], identity[name]) for name in differing})
         log(f"{path} belongs to another evaluation; starting anew")
-    except (PermissionError, MemoryError):
+    except (PermissionError, MemoryError, Misuse):
         raise
     except Exception:
         log(f"{path} is damaged; starting anew")
     return None
+
+
+def check_replaceable(path: Path, content: dict[str, Any]) -> None:
+    """Raises Misuse where evaluation.json at `path` holds numbers of the same weights that the one to come will not have.
+
+    Args:
+        content: of the one to come: `checkpoint`, `metrics` (its columns), and whatever of the rest the numbers depend on; of `n`, more replace fewer.
+    """
+    before = record.read_json(path) if path.is_file() else {}
+    if before.get("checkpoint", {}).get("sha256") == content["checkpoint"]["sha256"]:
+        differing = {name: (before.get(name), value) for name, value in content.items()
+                     if name not in ("checkpoint", "metrics") and before.get(name) != value and not (name == "n" and before["n"] < value)}
+        if not before["metrics"].keys() <= set(content["metrics"]):
+            differing["columns"] = (",".join(before["metrics"]), ",".join(content["metrics"]))
+        if differing:
+            _refuse(path, differing)
+
+
+def _refuse(path: Path, differing: dict[str, tuple[Any, Any]]) -> NoReturn:
+    name, (before, now) = next(iter(differing.items()))
+    raise Misuse(f"{path} is of the same network with {name} {before}, this evaluation has {now} and would replace it: give another --out-dir, or move it away")
 
 
 def columns_named(text: str) -> tuple[str, ...]:
@@ -234,7 +267,7 @@ def columns_named(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in COLUMNS and not re.fullmatch("pgd[1-9][0-9]{0,5}", name):
             raise Misuse(f"{name!r} is no column of the evaluation: allowed are {', '.join(COLUMNS)}, and pgdN for any N")
-    order = [*COLUMNS[:2], *sorted({n for n in names if n.startswith("pgd")}, key=lambda n: int(n[3:])), *COLUMNS[5:]]
+    order = ["clean", "fgsm", *sorted({n for n in names if n.startswith("pgd")}, key=lambda n: int(n[3:])), "cw", "apgd", "aa"]
     return tuple(name for name in order if name in names)
 
 
@@ -288,8 +321,8 @@ def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: 
         each = (torch.cuda.max_memory_allocated(device) - before) / len(images)
         batch_size = power_of_two(torch.cuda.mem_get_info(device)[0] / 2 / each)
     chosen = torch.tensor(-distributed.maximum(-batch_size, torch.device("cpu")))
-    if path.is_file() and (before := _load_attacks(path, _fingerprint(model, x, y, eps, seed))):  # which looks at every pixel
-        chosen.fill_(before["batch_size"])
+    if path.is_file() and (before := _load_attacks(path, _identity(model, x, y, eps=eps, seed=seed))):  # which looks at every pixel
+        chosen.fill_(before["identity"]["batch_size"])
     distributed.broadcast([chosen])
     return int(chosen)
 

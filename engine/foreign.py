@@ -37,7 +37,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10-ckpt": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "svhn-nfgsm": ((0.4380, 0.4440, 0.4730), (0.1751, 0.1771, 0.1744)),
 }
-"""Channel means and deviations that published networks were trained with: fast_adversarial, Rice and AWP use
+"""Channel means and standard deviations that published networks were trained with: fast_adversarial, Rice and AWP use
 cifar10, CKPT cifar10-ckpt, N-FGSM cifar100 and svhn-nfgsm; on ImageNet fast_adversarial and Free AT imagenet."""
 
 TRIED: dict[int | None, tuple[str, ...]] = {

@@ -192,8 +192,8 @@ class Guard:
             return False
         action = "stop" if self.mode == "rollback" and self.rollbacks == ROLLBACKS else self.mode
         self.alarms.append({"epoch": run.epoch + 1, "update": run.step, **reading._asdict(), "action": action})
-        sentence = (f"catastrophic overfitting at epoch {run.epoch + 1}, update {run.step}: FGSM leaves {reading.fgsm:.1f} % of {reading.n} held-out images "
-                    f"right, PGD-10 {reading.pgd10:.1f} %, and the training attack {reading.train:.1f} % of its own")
+        sentence = (f"catastrophic overfitting at epoch {run.epoch + 1}, update {run.step}: accuracy on {reading.n} held-out images is {reading.fgsm:.1f} % under FGSM "
+                    f"and {reading.pgd10:.1f} % under PGD-10, that on training images under the training attack {reading.train:.1f} %")
         if action == "rollback":
             self._roll_back(run, sentence)
             return True

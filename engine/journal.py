@@ -53,7 +53,7 @@ class Journal:
               f"{self.cfg.select_on}: {held_out}  lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s"
               f"{'  (best)' if better else ''}", flush=True)
         if self.cfg.tensorboard:
-            with self._writer(str(out_dir)) as writer:
+            with self._writer(str(out_dir)) as writer:  # a file per epoch, whole after a kill
                 for name, value in row.items():
                     if isinstance(value, float):
                         writer.add_scalar(name, value, row["epoch"])

@@ -1,13 +1,12 @@
 """What a method remembers of every training image, or of every position in a batch, from one visit to the next."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.device import free_bytes
 from engine.errors import Misuse
 
 
@@ -61,13 +60,3 @@ class Memory:
     def forget(self) -> None:
         """All rows are zero again."""
         self.values.zero_()
-
-
-def free_bytes(device: torch.device) -> int:
-    """What `device` could still give, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:  # what is free, and what the system would give up for it
-        return 1024 * next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import batchnorm, capture, checkpoint, data, distributed, networks, record
-from engine.config import Config, numbers
+from engine import batchnorm, capture, checkpoint, data, distributed, networks, random_streams, record
+from engine.config import Config, doubtful, numbers
 from engine.device import chosen_device, clock, set_up
 from engine.errors import Failure, Misuse
 from engine.finite import Finite
@@ -32,7 +32,7 @@ from engine.memory import Memory
 from engine.schedule import MOMENTUM
 from utils import moved
 
-_STOP = 2  # more than 1, which is to save and go on
+_GO_ON, _SAVE, _STOP = range(3)  # what `_wanted` answers: the most that any process wants
 _BEFORE = "best-before.pth"  # what best.pth was, until state.pth knows of the new one
 
 
@@ -65,18 +65,13 @@ class Run:
         self.out_dir = Path(cfg.out_dir)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._lock = checkpoint.lock(self.out_dir) if distributed.rank() == 0 else None
-        self._saved = checkpoint.find(self.out_dir / "state.pth", cfg)
+        self._saved = self._find_saved()
         before = self._saved or {}
         self._source = record.continued(record.source(), before.get("source"))
         self._script = record.digest_of_script(type(cfg))
         if before.get("script", self._script) != self._script and distributed.rank() == 0:
             print(f"warning: {self.out_dir}/state.pth was saved by another version of this script, and the run goes on with this one; "
                   "--resume never starts it again from the beginning", file=sys.stderr)
-        if distributed.maximum(int(self._saved is not None), self.device) and self._saved is None:
-            raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
-                          "--out-dir must lie where all machines see it")
-        if not distributed.agree(repr(before.get("position")).encode(), self.device):
-            raise Failure(f"process {distributed.rank()}: not all processes find the same {self.out_dir}/state.pth: start again when all machines see the newest")
         set_up(self.device, cfg.deterministic, same_sizes=cfg.SAME_SIZES)
 
         self._began = time.perf_counter()
@@ -138,7 +133,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The part of the run's classifier updates that is done, in [0, 1]."""
+        """The fraction of the run's classifier updates that is done, in [0, 1]."""
         return self.step / self.total
 
     @property
@@ -276,7 +271,10 @@ class Run:
                 self._write_config(fresh)
                 if distributed.rank() == 0:
                     here = self._machines[-1]
-                    print(f"{self.cfg.METHOD}: {self.cfg.arch} on {self.cfg.dataset}, in {here['precision']} on {here['device']}, torch {here['torch']}", flush=True)
+                    print(f"{self.cfg.METHOD}: {self.cfg.arch} on {self.cfg.dataset}, epsilon {self.cfg.epsilon:g}/255, in {here['precision']} on {here['device']}, "
+                          f"torch {here['torch']}", flush=True)
+                    for sentence in doubtful(self.cfg.epsilon):
+                        print(f"warning: {sentence}", flush=True)
                 self._guard.begin(self, fresh)
                 while self.epoch < self.cfg.epochs:
                     yield from self._epoch()
@@ -289,13 +287,29 @@ class Run:
             if self._lock is not None:
                 self._lock.close()
 
+    def _find_saved(self) -> dict[str, Any] | None:
+        """The saved run that this one goes on with, the same on every process, or None.
+
+        Raises:
+            Misuse: it is of another configuration.
+            Failure: not all processes find the same.
+        """
+        saved = checkpoint.find(self.out_dir / "state.pth", self.cfg)
+        somewhere = distributed.maximum(int(saved is not None), self.device)  # every process must ask
+        if somewhere and saved is None:
+            raise Failure(f"process {distributed.rank()} does not find {self.out_dir}/state.pth, from which another one continues: "
+                          "--out-dir must lie where all machines see it")
+        if not distributed.agree(repr((saved or {}).get("position")).encode(), self.device):
+            raise Failure(f"process {distributed.rank()}: not all processes find the same {self.out_dir}/state.pth: start again when all machines see the newest")
+        return saved
+
     def update(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None, *, logits: Tensor | None = None,
                max_norm: float | None = None, leaf: Tensor | None = None) -> None:
         """One descent step of `optimizer` (the classifier's when not given) on `loss`, the mean over this process's batch.
 
         Only gradients of that optimizer's parameters are computed, and averaged over processes by their batches' sizes.
-        A loss or a gradient that is not finite never reaches the weights: that update is left out and the run ends at the
-        next reading.
+        A loss or a gradient that is not finite never reaches the weights: that update is skipped, and the run ends at the
+        next reading, or with --on-nonfinite skip goes on.
 
         Args:
             logits: (B, classes), of which the training accuracy in the log is taken.
@@ -341,7 +355,7 @@ class Run:
 
     @contextmanager
     def moved(self, weights: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, where `update` is called once, each of the network's weights is its move further, and in the end back.
+        """Perturbs the network's weights by `moves` inside the block, in which `update` is called once, and subtracts the moves afterwards.
 
         The weight average takes in what they are then.
         """
@@ -362,7 +376,7 @@ class Run:
         return self._noise(x, lambda noise: noise.normal_(generator=self._generator))
 
     def averaged(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gradients of this process's mean loss, in place turned into those of the global batch's; the same on one process."""
+        """Averages gradients of this process's mean loss over the global batch, in place, and returns them; on one process they are that already."""
         if distributed.world_size() > 1:
             share = self.share
             torch._foreach_mul_(gradients, share) if share else torch._foreach_zero_(gradients)  # the mean over no images is nan
@@ -382,7 +396,7 @@ class Run:
         began = time.perf_counter()
         for x, y, index in batches:
             self._global_batch = min(self.cfg.batch_size, self._data.n - self.batch * self.cfg.batch_size)
-            data.noise_generator(self._generator, self.cfg.seed, self.epoch * len(self._data) + self.batch)
+            random_streams.noise_generator(self._generator, self.cfg.seed, self.epoch * len(self._data) + self.batch)
             x = self._guard.noised(self, x)
             if self._captures:
                 x, y, index = self._in_place(x, y, index)
@@ -411,9 +425,10 @@ class Run:
     def _wanted(self) -> int:
         """Whether it is time to save, or to save and stop; the same on all processes, though a signal reaches only one."""
         if distributed.world_size() > 1 and self.device.type == "cuda" and self.batch % 20:
-            return 0  # asking makes a GPU wait
+            return _GO_ON  # asking makes a GPU wait
         now = time.perf_counter()
-        wanted = _STOP if self._asked_to_stop or now > self._deadline else int(now > self._last_save + 60 * self.cfg.save_every)
+        wanted = (_STOP if self._asked_to_stop or now > self._deadline else
+                  _SAVE if now > self._last_save + 60 * self.cfg.save_every else _GO_ON)
         return distributed.maximum(wanted, self.device)
 
     def _end_of_epoch(self) -> None:
@@ -592,7 +607,7 @@ class Run:
     def _write_config(self, fresh: bool) -> None:
         """config.json; and what another run left here goes before a new one begins."""
         if distributed.rank() == 0:
-            for name in ("state.pth", "state-*.pth", "result.json", "log.jsonl", "best.pth", "last.pth", _BEFORE, GOOD, GOOD_BEST) if fresh else ():
+            for name in ("state.pth", "state-*.pth", "result.json", "log.jsonl", "best.pth", "last.pth", "events.out.tfevents.*", _BEFORE, GOOD, GOOD_BEST) if fresh else ():
                 for path in self.out_dir.glob(name):
                     path.unlink()
             record.write_json({"method": self.cfg.METHOD, **dataclasses.asdict(self.cfg)}, self.out_dir / "config.json")

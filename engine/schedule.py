@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 MOMENTUM = 0.9
-DECAYS = (100 / 110, 105 / 110)  # the FGSM-SDI and FGSM-PGI papers', as parts of the run
+DECAYS = (100 / 110, 105 / 110)  # the FGSM-SDI and FGSM-PGI papers', as fractions of the run
 
 
 class Rates(NamedTuple):
@@ -18,14 +18,14 @@ class Rates(NamedTuple):
 
 
 def multistep(step: int, total: int, per_epoch: int, decays: Sequence[float] = DECAYS) -> Rates:
-    """x0.1 at each of `decays`, which are parts of the run."""
+    """x0.1 at each of `decays`, which are fractions of the run."""
     return Rates(0.1 ** sum(step >= round(total * decay) for decay in decays), MOMENTUM)
 
 
 def cyclic(step: int, total: int, per_epoch: int, top: float = 0.5) -> Rates:
     """A triangle 0 -> peak -> 0 with momentum 0.9 -> 0.8 -> 0.9: torch's CyclicLR as the papers' scripts call it.
 
-    `top` is the part of the run at which the peak comes. The published scripts leave `cycle_momentum` at its default, so
+    `top` is the fraction of the run at which the peak comes. The published scripts leave `cycle_momentum` at its default, so
     momentum moves too. The arithmetic is in CyclicLR's order: the rates are then the same to the last bit.
     """
     way = 1 + step / total - 1

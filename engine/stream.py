@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms import RandomResizedCrop, functional
 
-from engine import data, distributed, images, nvjpeg
+from engine import data, distributed, images, nvjpeg, random_streams
+from engine.device import cores
 from engine.errors import Failure
 
 SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # a crop's part of the image's area, and its width by its height
@@ -47,7 +48,7 @@ class Batches:
         self.device, self.shard = torch.device(device), shard
         if decode == "gpu":
             nvjpeg.check(self.device)
-        self.workers = min(16, distributed.cores()) if workers is None else workers
+        self.workers = min(16, cores()) if workers is None else workers
         self.crops = Crops(x, size, seed, augment, encoded=decode == "gpu")
         self.y = torch.from_numpy(y).to(self.device)
 
@@ -61,7 +62,7 @@ class Batches:
         Raises:
             Failure: a file is damaged.
         """
-        order = torch.randperm(self.n, generator=data.seeded(self.seed, data.DATA, epoch))
+        order = torch.randperm(self.n, generator=random_streams.seeded(self.seed, random_streams.DATA, epoch))
         parts = self._parts(order, first)
         crops = dataclasses.replace(self.crops, epoch=epoch)
         loader = DataLoader(
@@ -76,7 +77,6 @@ class Batches:
             else:
                 pixels = found.to(self.device, non_blocking=True)
             yield data.to_images(pixels, dtype), self.y[index], index
-
 
     def _parts(self, order: Tensor, first: int) -> list[Tensor]:
         """This process's images of every batch from `first` on."""
@@ -122,7 +122,7 @@ class Crops:
     def drawn(self, i: int, image: Image.Image) -> tuple[tuple[int, int, int, int], bool]:
         """The random box (top, left, height, width) of image i, and whether it is mirrored; no pixel is looked at."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-            torch.default_generator.manual_seed(data.stream_seed(self.seed, data.CROP, self.epoch, int(i)))
+            torch.default_generator.manual_seed(random_streams.stream_seed(self.seed, random_streams.CROP, self.epoch, int(i)))
             mirror = bool(torch.rand(()) < 0.5)
             return RandomResizedCrop.get_params(image, SCALE, RATIO), mirror
 

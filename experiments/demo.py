@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import distributed
 from engine.config import Parser, numbers
 from engine.data import load
+from engine.device import cores
 from engine.errors import Failure, Misuse, one_sentence
 from experiments import show
 from experiments.runner import Job, do_all
@@ -86,10 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="data/", help="where data sets lie, and are downloaded to (default: data/)")
     parser.add_argument("--output", default="output/", help="where the runs' own files go (default: output/)")
     parser.add_argument("--results", default="output/", help="where the JSON and the figure go (default: output/)")
-    parser.add_argument("--only", help="some of the methods, as in the table or as in file names, with commas between them (default: all of the demo)")
+    parser.add_argument("--only", help="some of the methods by their file names, as fgsm-sdi,fgsm-sdi-hard-labels (default: all of the demo)")
     parser.add_argument("--seeds", help="as 0,1,2 (default: the demo's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--jobs", type=int, default=distributed.cores(), help="processes at a time (default: the number of cores)")
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes at a time (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise Misuse(f"--jobs {args.jobs}: must be at least 1")
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + show.table(runs, markdown=False) + f"\n\n{show.legend(runs)}".rstrip())
         (show.curves if len(runs) < 8 else show.panels)(runs, results / "curves")
         print(f"\nfigure: {results}/curves.png; results: {results}/*.json")
-    print(f"{minutes:.1f} minutes on {distributed.cores()} cores")
+    print(f"{minutes:.1f} minutes on {cores()} cores")
     if failed or unfinished:
         raise Failure("; ".join([*failed, *unfinished]))
 

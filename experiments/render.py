@@ -32,7 +32,7 @@ def between(text: str, name: str, content: str) -> str:
 NOTHING = "Not measured yet."
 
 
-def measured(*parts: str) -> dict[str, Any] | None:
+def report_of(*parts: str) -> dict[str, Any] | None:
     """What a run wrote to a file of results/, None where there is none.
 
     Raises:
@@ -85,6 +85,7 @@ def fidelity() -> str:
     quantities = {"weights": "classifier weights", "BatchNorm buffers": "classifier buffers", "momentum buffers": "classifier optimizer momentum_buffer",
                   "generator": "generator weights", "lr": "classifier lr", "momentum": "classifier momentum", "loss": "classifier loss"}
     rows = []
+    torches = set()
     sources: dict[str, set[str]] = {}  # our commits, and the published ones, which several methods may share, that each ran beside
     for path in sorted((record.ROOT / "results" / "fidelity").glob("*.json")):
         report = record.read_json(path)
@@ -95,18 +96,19 @@ def fidelity() -> str:
             values = [found[key]["relative"]["value"] if key in found else None for key in quantities.values()]
             cells = ["" if value is None else f"{value:.0e}" if value else "0" for value in values]
             rows.append([f"{path.stem} ({report['ours']['script']})", f"{name}: {run['what']}", str(run["steps"]), *cells])
+        torches.add(report["torch"])
         published = report["published"]
         source = f"{published['repository']} at {(published['commit'] or 'an unknown commit')[:10]}"
         sources.setdefault(report["ours"]["commit"][:10], set()).add(source)
     if not sources:
         return NOTHING
     beside = "; ".join(f"ours at {commit} beside {', '.join(sorted(published))}" for commit, published in sorted(sources.items()))
-    return show.grid(["comparison", "run", "steps", *quantities], rows) + f"\n\nLargest relative difference over all steps: {beside}; torch {report['torch']}, float64, CPU."
+    return show.grid(["comparison", "run", "steps", *quantities], rows) + f"\n\nLargest relative difference over all steps: {beside}; torch {' and '.join(sorted(torches))}, float64, CPU."
 
 
 def processes() -> str:
     """How far two processes end from one, in Markdown: a row per method."""
-    if (report := measured("processes", "equality.json")) is None:
+    if (report := report_of("processes", "equality.json")) is None:
         return NOTHING
     rows = [f"| {label} | {run['updates']} | " + ", ".join(f"{name} {value:.0e}" if value else f"{name} 0" for name, value in run["kept"].items()) + f" | {run['log']:.0e} |"
             for label, run in report["runs"].items()]
@@ -116,7 +118,7 @@ def processes() -> str:
 
 def collapses() -> str:
     """How the detector of catastrophic overfitting did on published curves, in Markdown."""
-    return detector.table(report) if (report := measured("detector", "curves.json")) else NOTHING
+    return detector.table(report) if (report := report_of("detector", "curves.json")) else NOTHING
 
 
 SMALL = {"II": None, "III": None, "IV": None, "V": None, "VII": None, "VIII": "cifar100", "FastAT": None, "PGI": "cifar100"}
@@ -132,13 +134,13 @@ def full() -> str:
     """What has been measured of all published tables at the scales full and quick, in Markdown."""
     results = record.ROOT / "results" / "tables"
     found = [(table, scale) for scale in ("full", "quick") for several in tables.TABLES.values() for table in several
-             if any(side_by_side.measured(table, row, tables.SCALES[scale], results)[0] for row in table.rows)]
+             if any(side_by_side.measured_runs(table, row, tables.SCALES[scale], results)[0] for row in table.rows)]
     return "\n\n".join(side_by_side.rendered(table, tables.SCALES[scale], results, "markdown", 1.0, only_measured=True) for table, scale in found) or NOTHING
 
 
 def cpu() -> str:
     """The CPU step's ratios, in Markdown: a column per machine."""
-    reports = [measured("benchmarks", path.name) for path in sorted((record.ROOT / "results" / "benchmarks").glob("cpu-step*.json"), reverse=True)]
+    reports = [report_of("benchmarks", path.name) for path in sorted((record.ROOT / "results" / "benchmarks").glob("cpu-step*.json"), reverse=True)]
     if not reports:
         return NOTHING
     names = dict.fromkeys(name for report in reports for name in report["variants"])
@@ -154,7 +156,7 @@ def throughput() -> str:
     """Images per second of every method, in Markdown: a table per device and set of flags."""
     parts = []
     for path in sorted((record.ROOT / "results" / "benchmarks").glob("throughput*.json")):
-        report = measured("benchmarks", path.name)
+        report = report_of("benchmarks", path.name)
         rows = report["rows"].values()
         for row in rows:
             if row.get("operations_per_image", 0) < 2.9 * FORWARD:  # training alone is three passes; a first report counted FAT's, whose work depends on the images
@@ -177,7 +179,7 @@ def throughput() -> str:
 
 def autoattack() -> str:
     """What AutoAttack's attacks cost, and how far evaluations of one network disagree, in Markdown: two tables."""
-    if (report := measured("benchmarks", "autoattack.json")) is None:
+    if (report := report_of("benchmarks", "autoattack.json")) is None:
         return NOTHING
     costs = [[f"{row['attack']}{'' if row['frozen'] else ', network not frozen'}", f"{row['images']}", f"{row['standing']}", f"{row['forward']:,.0f}",
               f"{row['input_gradients']:,.0f}", f"{row['weight_gradients']:,.0f}", f"{100 * row['filling']:.0f} %", f"{row['processor_seconds']:.1f}"] for row in report["costs"]]
@@ -195,7 +197,7 @@ def autoattack() -> str:
 
 def second_derivative() -> str:
     """The forms of the second derivative side by side, in Markdown: over all networks and penalties, from the lowest to the highest."""
-    if (report := measured("benchmarks", "second-derivative.json")) is None:
+    if (report := report_of("benchmarks", "second-derivative.json")) is None:
         return NOTHING
     cases = [forms for penalties in report["rows"].values() for forms in penalties.values()]
 
@@ -236,12 +238,14 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 def main(argv: list[str] | None = None) -> None:
     Parser(description=__doc__).parse_args(argv)
+    texts: dict[str, str] = {}
     for page, contents in PAGES.items():
-        text = (record.ROOT / page).read_text(encoding="utf-8")
+        texts[page] = (record.ROOT / page).read_text(encoding="utf-8")
         for name, content in contents.items():
-            text = between(text, name, content())
+            texts[page] = between(texts[page], name, content())
+    for page, text in texts.items():  # only now: a number that may not be shown leaves every page as it was
         record.write_text(text, record.ROOT / page)
-        print(f"{page}: {', '.join(contents)}")
+        print(f"{page}: {', '.join(PAGES[page])}")
 
 
 if __name__ == "__main__":

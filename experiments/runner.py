@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from engine import distributed, record
+from engine import record
 from engine.checkpoint import MAY_CHANGE
 from engine.config import spelled
+from engine.device import cores
 from engine.errors import Failure, Misuse
 
 
@@ -109,9 +110,7 @@ class Job:
         if not self.result.is_file():
             return False
         found = record.read_json(self.result)
-        if changes := self.changes(found["run"]["config"]):
-            name, (before, now) = next(iter(changes.items()))
-            raise Misuse(f"{self.result} was measured with {spelled(name)} {before}, and now it would be {now}: move it away, or give other --results and --output")
+        self._check_settings(self.result, found["run"]["config"])
         return set(self.checkpoints) <= found["evaluations"].keys()
 
     def changes(self, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -119,6 +118,13 @@ class Job:
         script, *flags = self.train
         now = dataclasses.asdict(importlib.import_module(script.removesuffix(".py")).Config.parse(None, flags))
         return {name: (config[name], now[name]) for name in now if name in config and name not in MAY_CHANGE and config[name] != now[name]}
+
+    def _check_settings(self, path: Path, config: dict[str, Any]) -> None:
+        """Raises Misuse where `path` is of other settings, as of a version whose defaults were others."""
+        if changes := self.changes(config):
+            name, (before, now) = next(iter(changes.items()))
+            raise Misuse(f"{path} was measured with {spelled(name)} {before}, and now it would be {now}: move {self.result} and {self.folder} away, "
+                         "or give other --results and --output")
 
     def do(self, data_dir: Path, device: str, limit: TimeLimit) -> str | None:
         """Does what is missing, until the limit; returns what it had no time for, or None.
@@ -131,6 +137,8 @@ class Job:
         shared = ("--data-dir", str(data_dir), "--device", device, "--out-dir")
         left = () if limit.deadline == math.inf else ("--time-limit", f"{limit.left() / 60:.2f}")
         finished = self.folder / "result.json"
+        if finished.is_file():  # of an unfinished training the script itself says so
+            self._check_settings(finished, record.read_json(finished)["config"])
         said = self._step("training", (*self.train, *shared, str(self.folder), *left), finished.is_file, limit, grace=60)
         for name in self._distinct() if said is None else ():
             command = ("test_FGSM_SDI.py", "--model-path", str(self.folder / f"{name}.pth"), *self.evaluation, *shared, str(self._evaluated(name)))
@@ -165,6 +173,7 @@ class Job:
         began = time.monotonic()
         output = self.folder / "output.log"
         output.parent.mkdir(parents=True, exist_ok=True)
+        print(f"  {self.name}: {what}, which prints to {output}", flush=True)
         with open(output, "a") as log:
             status = limit.run([sys.executable, str(record.ROOT / command[0]), *command[1:]], grace, stdout=log, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
@@ -211,4 +220,4 @@ def do_all(jobs: Sequence[Job], data_dir: Path, devices: Sequence[str], minutes:
 
 def all_devices() -> list[str]:
     """Every GPU, or the CPU once per core."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * distributed.cores()
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * cores()

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine import record
 from engine.card import MARK, mark
+from engine.errors import Misuse
 
 HEADINGS = {"clean": "Clean", "fgsm": "FGSM", "pgd10": "PGD-10", "pgd20": "PGD-20", "pgd50": "PGD-50", "cw": "C&W", "apgd": "APGD", "aa": "AA"}
 # Okabe & Ito's palette, which colour-blind readers can tell apart; a line style each besides.
@@ -45,6 +46,31 @@ def table(runs: Runs, markdown: bool) -> str:
              f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}", *([str(len(several))] if counted else [])]
             for label, several in runs.items() for name in first]
     return grid(heading, rows, markdown)
+
+
+def over_seeds(runs: Runs) -> str:
+    """A table of runs that somebody trained and evaluated, and what its numbers are.
+
+    Raises:
+        Misuse: they were not evaluated alike.
+    """
+    every = [run for several in runs.values() for run in several]
+    for run in every:
+        if not run["evaluations"]:
+            folder = run["run"]["config"]["out_dir"]
+            raise Misuse(f"{folder} holds no evaluation: python test_FGSM_SDI.py --model_path {folder}/best.pth writes one")
+    checkpoints = [name for name in ("best", "last") if all(name in run["evaluations"] for run in every)]
+    if not checkpoints:
+        raise Misuse("of some of these runs best.pth was evaluated, of others last.pth: evaluate the same one of all")
+    found = {(e["dataset"], e["n"], e["epsilon"], tuple(e["metrics"])) for run in every for name in checkpoints for e in [run["evaluations"][name]]}
+    if len(found) > 1:
+        what = ("data set", "number of images", "epsilon", "columns")
+        which = next(i for i in range(len(what)) if len({each[i] for each in found}) > 1)
+        raise Misuse(f"the evaluations differ in their {what[which]} ({' and '.join(sorted({str(each[which]) for each in found}))}): evaluate all runs alike")
+    (dataset, n, epsilon, _), = found
+    rows = {label: [run | {"evaluations": {name: run["evaluations"][name] for name in checkpoints}} for run in several] for label, several in runs.items()}
+    return (f"{table(rows, markdown=False)}\n\nAccuracy in percent on {n} test images of {dataset} at epsilon {epsilon:g}/255; mean (lowest to highest) over seeds, "
+            f"the 95 % interval of a single one. {legend(rows)}").rstrip()
 
 
 def grid(heading: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = True, text: int = 2) -> str:

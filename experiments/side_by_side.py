@@ -15,6 +15,9 @@ from experiments.show import HEADINGS, commits, devices, dirty, doubt, grid
 from experiments.tables import Row, Scale, Table
 
 
+CHANGED = "came from a tree that differed from its commit; other --results and --output, given to run and to show, measure anew"
+
+
 @dataclass
 class Cell:
     """One accuracy in percent: ours over seeds, and the published one. intervals: ours, 95 %, low and high."""
@@ -56,7 +59,7 @@ class Line:
         return not doubt(self.runs, self.checkpoint) if self.runs else None
 
 
-def measured(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[dict[str, Any]], int]:
+def measured_runs(table: Table, row: Row, scale: Scale, results: Path) -> tuple[list[dict[str, Any]], int]:
     """The JSON of a row's seeds, and how many more there are that come from a tree that differs from its commit: those do not count."""
     runs = [record.read_json(job.result) for job in table.done(row, scale, Path(), results)]
     clean = [run for run in runs if not dirty(run)]
@@ -70,7 +73,7 @@ def lines(table: Table, scale: Scale, results: Path) -> list[Line]:
     """
     found = []
     for row in table.rows:
-        runs, dropped = measured(table, row, scale, results)
+        runs, dropped = measured_runs(table, row, scale, results)
         n = max((run["evaluations"]["best"]["n"] for run in runs), default=0)
         runs = [run for run in runs if run["evaluations"]["best"]["n"] == n]
         for checkpoint in table.checkpoints:
@@ -120,7 +123,7 @@ def rendered(table: Table, scale: Scale, results: Path, form: str, tolerance: fl
     title = f"{table.paper}, Table {table.number}: {table.title} ({table.dataset}, scale {scale.name})"
     missing = {row.name for row in table.rows} - {line.row.name for line in found}
     left_out = [f"{len(missing)} of {len(table.rows)} rows have not been measured."] if missing else []
-    left_out += [f"Not shown: {changed} run{'s' if changed > 1 else ''} of a tree that differed from its commit."] if changed else []
+    left_out += [f"Not shown: {changed} run{'s' if changed > 1 else ''} that {CHANGED}."] if changed else []
     notes = [_legend(comparable, tolerance), *(_provenance(found) or [_elsewhere(table, scale, results)]), *left_out, *table.notes,
              *sorted({f"{'' if line.trusted else MARK + ' '}{line.row.name}, {line.checkpoint}: {said}" for line in found for said in line.doubts})]
     if form == "markdown":
@@ -135,9 +138,10 @@ def _minutes(found: Cell) -> str:
 
 def _legend(comparable: bool, tolerance: float) -> str:
     ours = "Accuracy in percent: ours (95 % interval of one seed; ± standard deviation over several)"
+    minutes = "Minutes: of training alone, ours on the machine below, the paper's on its own."
     if comparable:
-        return f"{ours} [published, deviation; ! beyond {tolerance:g} points and half of the 95 % interval]. -: not measured."
-    return f"{ours} [published]. At this scale the two are not of the same thing, and no deviation is given. -: not measured."
+        return f"{ours} [published, deviation; ! beyond {tolerance:g} points and half of the 95 % interval]. -: not measured. {minutes}"
+    return f"{ours} [published]. At this scale the two are not of the same thing, and no deviation is given. -: not measured. {minutes}"
 
 
 def _provenance(found: list[Line]) -> list[str]:
@@ -158,7 +162,7 @@ def _provenance(found: list[Line]) -> list[str]:
 
 def _elsewhere(table: Table, scale: Scale, results: Path) -> str:
     """That a scale has no results, and which have."""
-    others = [name for name, other in tables.SCALES.items() if any(measured(table, row, other, results)[0] for row in table.rows)]
+    others = [name for name, other in tables.SCALES.items() if any(measured_runs(table, row, other, results)[0] for row in table.rows)]
     return f"Nothing of this table has been measured {f'at scale {scale.name}: show --scale ' + ' or '.join(others) + ' has results' if others else 'yet'}."
 
 
@@ -183,6 +187,6 @@ def overview(results: Path) -> list[str]:
     said = [f"{'table':<10} {'data set':<14} {'rows':>4} " + " ".join(f"{name:>6}" for name in tables.SCALES) + "  what"]
     for name, several in tables.TABLES.items():
         for table in several:
-            counts = [sum(bool(measured(table, row, scale, results)[0]) for row in table.rows) for scale in tables.SCALES.values()]
+            counts = [sum(bool(measured_runs(table, row, scale, results)[0]) for row in table.rows) for scale in tables.SCALES.values()]
             said.append(f"{name:<10} {table.dataset:<14} {len(table.rows):>4} " + " ".join(f"{count:>6}" for count in counts) + f"  {table.paper}, Table {table.number}: {table.title}")
     return said

@@ -53,6 +53,7 @@ class Table:
         return (script, "--dataset", self.dataset, "--epsilon", row.epsilon, *self.recipe, *own, *scale.training(self, row), "--seed", str(seed))
 
     def job(self, row: Row, seed: int, scale: Scale, output: Path, results: Path) -> Job:
+        """A row's run of one seed: what trains and evaluates it, and where in `output` and `results` its files go."""
         command = last_of_each(self.command(row, seed, scale))
         digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
         name = f"{Path(command[0]).stem.removeprefix('train_')}-{self.dataset}-{digest}-seed{seed}"
@@ -84,6 +85,11 @@ class Table:
         return {name: float(value) for name, value in found.items() if value}
 
 
+def following(flags: Flags) -> dict[str, str]:
+    """By each word of a command the next one: a flag's value, where it has one."""
+    return dict(zip(flags, flags[1:]))
+
+
 @dataclass(frozen=True)
 class Scale:
     """How large a table is made.
@@ -97,11 +103,11 @@ class Scale:
     shrunk: bool = False
 
     def training(self, table: Table, row: Row) -> Flags:
+        """Flags that shrink a row's training; none where it is as published."""
         if not self.shrunk:
             return ()
         wide = {"wideresnet34-10": "1", "wideresnet70-16": "1", "wideresnet34-20": "1", "resnet50": "8"}
-        arch = dict(zip(table.recipe, table.recipe[1:])).get("--arch", "resnet18")
-        own = dict(zip(row.command, row.command[1:]))
+        arch, own = following(table.recipe).get("--arch", "resnet18"), following(row.command)
         falls = [f"{10 * float(epoch) / float(own['--epochs']):g}" for epoch in own["--milestones"].split(",")] if "--milestones" in own else ()
         teacher = ("--teacher-width", "8") if row.command[0] == "train_lbgat.py" and arch in wide else ()
         return ("--width", wide.get(arch, "8"), *teacher, "--train-size", "4000", "--epochs", "10", "--batch-size", "64", "--select-on", "val", "--val-size", "200",

@@ -47,7 +47,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
-    The pooling is global, which at 32x32 is the published `avg_pool2d(4)`, save at `image_size` 64: there
+    The pooling is global, which at 32x32 is the published `avg_pool2d(4)`, except at `image_size` 64: there
     FGSM-SDI's Tiny ImageNet network keeps that window, so that the last layer sees 2 x 2 positions.
 
     Args:

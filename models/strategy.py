@@ -22,9 +22,9 @@ class StrategyNetwork(Backbone):
             `{"epsilon": 13, "steps": 12, "alpha": 5}`: 3 to 15 and 1 to 5 in 255ths, and 3 to 14 steps.
         channels: of the images.
         width: channels of the first stage; the later ones have 2, 4 and 8 times as many.
-        blocks: how many blocks each stage has; a stage of none is left out.
+        blocks: how many blocks each stage has; a stage of none is left out. Default: a ResNet18's, and below 16 pixels a resnet8's.
         image_size: side of the images. The pooling is global, which at 32x32 is the published `avg_pool2d(4)`,
-            save at 64: there the published network keeps that window, so that the heads see 2 x 2 positions.
+            except at 64: there the published network keeps that window, so that the heads see 2 x 2 positions.
 
     Raises:
         ValueError: no actions, or one without options.
@@ -36,11 +36,13 @@ class StrategyNetwork(Backbone):
         *,
         channels: int = 3,
         width: int = 64,
-        blocks: tuple[int, int, int, int] = (2, 2, 2, 2),
+        blocks: tuple[int, int, int, int] | None = None,
         image_size: int = 32,
     ):
         if not actions or min(actions.values()) < 1:
             raise ValueError(f"a strategy network needs actions with options, got {dict(actions)}")
+        if blocks is None:
+            blocks = (1, 1, 1, 0) if image_size < 16 else (2, 2, 2, 2)
         grid = 2 if image_size == 64 else 1
         super().__init__(normalize=nn.Identity(), channels=channels, width=width, blocks=blocks, grid=grid)
         self.heads = nn.ModuleDict({name: nn.Linear(self.features, n) for name, n in actions.items()})

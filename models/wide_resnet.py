@@ -34,7 +34,7 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """Images (N, channels, H, W) in [0, 1] to logits (N, classes). No dropout, as in adversarial training.
 
-    The pooling is global, which at 32x32 is the published `avg_pool2d(8)`, save at `image_size` 64: there the
+    The pooling is global, which at 32x32 is the published `avg_pool2d(8)`, except at `image_size` 64: there the
     published Tiny ImageNet network keeps that window, so that the last layer sees 2 x 2 positions.
 
     Args:

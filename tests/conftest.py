@@ -2,21 +2,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as --deterministic sets it; a process reads it once, at its first product on a GPU
 
 import pytest
 import torch
+
+from engine import sets
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset", "digits", "--train-size", "200", "--val-size", "40", "--batch-size", "32", "--epochs", "2", "--device", "cpu")
@@ -74,6 +77,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("train_script", sorted(path.stem for path in ROOT.glob("train_*.py")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    """There are many runs in one process here: the digits are read once, and no file must outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sets, "digits", functools.cache(sets.digits))
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     """One thread; and the process-wide settings that a run changes are put back."""
@@ -107,6 +119,23 @@ def float64() -> Iterator[None]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
     return Tiny(tmp_path)
+
+
+@pytest.fixture
+def in_this_process(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a table or a demo runs, one after another, is run without importing torch anew; the list holds flags that every training gets besides."""
+    from experiments import runner
+
+    added: list[str] = []
+
+    def run(limit: runner.TimeLimit, command: Sequence[str], grace: float = 0.0, *, stdout: TextIO, **more: Any) -> int:
+        script = Path(command[1]).stem
+        result = tiny.command(script, *command[2:], *(added if script.startswith("train_") else ()))
+        stdout.write(result.out + result.err)
+        return result.status
+
+    monkeypatch.setattr(runner.TimeLimit, "run", run)
+    return added
 
 
 @pytest.fixture(scope="session")

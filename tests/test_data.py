@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import engine
-from engine import config, data, distributed, images, nvjpeg, stream
+from engine import config, data, device, distributed, images, nvjpeg, random_streams, stream
 from engine.errors import Failure, Misuse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,11 +274,11 @@ def test_the_digits_are_the_real_ones_in_a_fixed_split():
 def test_the_streams_of_random_numbers_never_meet():
     generator, seeds = torch.Generator(), []
     for step in range(50):
-        data.noise_generator(generator, 0, step)
-        seeds += [generator.initial_seed(), data.seeded(0, data._EVALUATION, step).initial_seed(),
-                  data.seeded(0, data.DATA, step).initial_seed(), data.seeded(0, data.CROP, step).initial_seed()]
+        random_streams.noise_generator(generator, 0, step)
+        seeds += [generator.initial_seed(), random_streams.seeded(0, random_streams.EVALUATION, step).initial_seed(),
+                  random_streams.seeded(0, random_streams.DATA, step).initial_seed(), random_streams.seeded(0, random_streams.CROP, step).initial_seed()]
     assert len(set(seeds)) == len(seeds)
-    assert len(set(data.STREAMS.values())) == len(data.STREAMS)
+    assert len(set(random_streams.STREAMS.values())) == len(random_streams.STREAMS)
 
 
 def test_sizes_that_differ_are_refused(tmp_path):
@@ -559,11 +559,11 @@ def test_a_worker_sends_what_already_lies_in_shared_memory(tree, monkeypatch):
 
 
 def test_a_containers_share_of_the_cores(tmp_path, monkeypatch):
-    cores = distributed.cores()
-    monkeypatch.setattr(distributed, "QUOTA", tmp_path / "cpu.max")
+    cores = device.cores()
+    monkeypatch.setattr(device, "QUOTA", tmp_path / "cpu.max")
     for text, expected in (("max 100000", None), ("50000 100000", 1), ("100000 100000", 1), ("99900000 100000", None), ("", None)):
         (tmp_path / "cpu.max").write_text(text)
-        assert distributed.cores() == (expected or cores)
+        assert device.cores() == (expected or cores)
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -59,7 +59,7 @@ def test_seeds_that_are_none(seeds, here):
         demo.main(["digits", "--seeds", seeds])
 
 
-def test_a_damaged_result_does_not_stop_the_others(here, capsys):
+def test_a_damaged_result_does_not_stop_the_others(here, in_this_process, capsys):
     folder = here / "output" / "demo-digits"
     folder.mkdir(parents=True)
     (folder / "fgsm-at-seed0.json").write_text("{")

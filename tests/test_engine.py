@@ -6,10 +6,8 @@ import importlib
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +23,7 @@ import engine
 import models
 from engine import checkpoint, config, data, distributed, evaluate, guard, record
 from engine.errors import Failure
+from experiments import processes
 
 SIZE, COUNT, PAD = 8, 45, 2
 
@@ -355,10 +354,16 @@ def kinds(content: Any) -> set[str]:
     return set() if isinstance(content, (Tensor, *PLAIN)) else {type(content).__name__}
 
 
-def test_files_hold_tensors_and_plain_values(train_script, tiny):
-    out_dir = tiny.train(train_script, "--ema", 0.9, "--save-every", 0)
+RESULT_FIELDS = {"method", "dataset", "arch", "config", "seed", "commit", "dirty", "versions", "device", "precision", "tf32",
+                 "seconds", "peak_memory_bytes", "images_per_second", "checkpoints", "evaluation"}
+
+
+def test_what_is_written_agrees(train_script, tiny):
+    out_dir = tiny.train(train_script, "--ema", 0.8, "--epochs", 4, "--measure", "clean,fgsm,pgd10,pgd20", "--save-every", 0)
+    agrees(out_dir, train_script, averaged=True)
+
     files = {name: torch.load(out_dir / f"{name}.pth", map_location="cpu", weights_only=True) for name in ("best", "last", "state")}
-    assert {name: kinds(content) for name, content in files.items()} == dict.fromkeys(files, set())
+    assert {name: kinds(content) for name, content in files.items()} == dict.fromkeys(files, set()), "tensors and plain values alone"
     for name in ("best", "last"):
         content = files[name]
         assert content.keys() == {"state_dict", "method", "dataset", "arch", "width", "classes", "channels", "image_size",
@@ -371,14 +376,13 @@ def test_files_hold_tensors_and_plain_values(train_script, tiny):
         ".lock", "best.pth", "config.json", "last.pth", "log.jsonl", "result.json", "state.pth"]
 
 
-RESULT_FIELDS = {"method", "dataset", "arch", "config", "seed", "commit", "dirty", "versions", "device", "precision", "tf32",
-                 "seconds", "peak_memory_bytes", "images_per_second", "checkpoints", "evaluation"}
+@pytest.mark.parametrize("script", ["train_fgsm_rs", "train_las_at"])
+def test_what_is_written_without_an_average_agrees(script, tiny):
+    agrees(tiny.train(script, "--epochs", 4, "--measure", "clean,fgsm,pgd10,pgd20"), script, averaged=False)
 
 
-@pytest.mark.parametrize("ema", [0, 0.8])
-def test_what_is_written_agrees(train_script, ema, tiny, monkeypatch):
-    monkeypatch.setenv("SOURCE_COMMIT", "abc")
-    out_dir = tiny.train(train_script, "--ema", ema, "--epochs", 4, "--measure", "clean,fgsm,pgd10,pgd20")
+def agrees(out_dir: Path, train_script: str, averaged: bool) -> None:
+    """What result.json, config.json, log.jsonl and the weights of a run of four epochs say fits together."""
     result, configured = (json.loads((out_dir / f"{name}.json").read_text()) for name in ("result", "config"))
     log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     script = importlib.import_module(train_script)
@@ -400,7 +404,7 @@ def test_what_is_written_agrees(train_script, ema, tiny, monkeypatch):
     for name, epoch in {"best": best + 1, "last": 4}.items():
         measured, saved = result["checkpoints"][name], torch.load(out_dir / f"{name}.pth", weights_only=True)
         assert measured["epoch"] == saved["epoch"] == epoch and measured["weights"] == saved["weights"]
-        assert saved["weights"] == (log[epoch - 1]["weights"] if name == "best" else "ema" if ema else "raw")
+        assert saved["weights"] == (log[epoch - 1]["weights"] if name == "best" else "ema" if averaged else "raw")
         suffix = "_ema" if saved["weights"] == "ema" else ""
         for column in ("clean", "fgsm", "pgd10", "pgd20"):
             metric = measured[column]
@@ -657,141 +661,14 @@ def test_defaults_that_do_not_depend_on_the_data_set():
     assert (cfg.resume, cfg.ema, cfg.label_factor, cfg.precision) == ("auto", 0, 1, "auto")
 
 
-@pytest.mark.parametrize("script, flags, multiple", [
-    ("train_fgsm_rs", [], 1.25), ("train_fgsm_ga", [], 1.25), ("train_fgsm_sdi", [], 1), ("train_pgd_at", [], 1 / 4),
-    ("train_pgd_at", ["--steps", "2"], 1 / 2),
-])
-def test_step_sizes_follow_epsilon(script, flags, multiple):
-    parse = importlib.import_module(script).Config.parse
-    for more in (["--epsilon", "8"], ["--epsilon", "12.5"], ["--dataset", "digits"]):
-        cfg = parse("", [*flags, *more])
-        assert cfg.alpha == pytest.approx(multiple * cfg.epsilon)
-    assert parse("", [*flags, "--alpha", "3"]).alpha == 3
-
-
-@pytest.mark.parametrize("script, peak", [
-    ("train_fgsm_rs", 0.2), ("train_fgsm_sdi", 0.2), ("train_pgd_at", 0.2), ("train_fgsm_ga", 0.3)])
-def test_the_cyclic_schedule_has_the_papers_peak(script, peak):
-    parse = importlib.import_module(script).Config.parse
-    assert parse("", ["--lr-schedule", "cyclic", "--epochs", "30"]).lr == peak
-    assert parse("", ["--lr-schedule", "cyclic", "--lr", "0.05"]).lr == 0.05
-    assert parse("", []).lr == 0.1
-
-
 # ---- several processes ---------------------------------------------------------------------------------------------
 
-DRIVER = '''
-"""Runs FGSM-RS, PGD-AT or AWP with arguments from outside; what is patched is said there too."""
-import os, sys
-import torch
-from torch import nn
-import engine, models
-from engine import distributed
-import train_awp, train_fgsm_rs, train_pgd_at
-
-patches, script, *flags = sys.argv[1:]
-torch.set_num_threads(1)
-
-
-class NoBatchNorm(nn.Module):
-    def __init__(self, channels, classes):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.Softplus(), nn.Flatten(), nn.Linear(512, classes))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-if "float64" in patches:
-    torch.set_default_dtype(torch.float64)
-if "nobatchnorm" in patches:
-    models.build = lambda name, *, classes, channels, **_: NoBatchNorm(channels, classes)
-if "onerank" in patches:  # a signal reaches one process alone
-    update = engine.Run.update
-
-    def update_and_ask(run, *arguments, **named):
-        update(run, *arguments, **named)
-        if run._position.step == 2 and os.environ.get("RANK") == "1":
-            run._asked_to_stop = True
-
-    engine.Run.update = update_and_ask
-module = {"rs": train_fgsm_rs, "pgd": train_pgd_at, "awp": train_awp}[script]
-sys.argv = [module.__file__, *flags]
-engine.launch(module.main, module.Config, module.__doc__)
-'''
-
-
-@pytest.fixture
-def processes(tmp_path, monkeypatch):
-    """A function that trains with so many processes (one: this one); returns the directory."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-
-    def launch(count: int, name: str, patches: str, script: str, *flags: Any) -> Path:
-        shared = ("--dataset", "digits", "--device", "cpu", "--epochs", 2, "--val-size", 40, "--out-dir", tmp_path / name)
-        arguments = [str(word) for word in (driver, patches, script, *shared, *flags)]
-        if count == 1:
-            for holder, attribute in ((models, "build"), (engine.Run, "update"), (sys, "argv")):
-                monkeypatch.setattr(holder, attribute, getattr(holder, attribute))  # put back after the test
-            sys.argv = arguments
-            runpy.run_path(str(driver))
-            return tmp_path / name
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *arguments]
-        process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": str(record.ROOT), "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            output = process.communicate(timeout=180)[0]
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its processes, in half a minute where they hang
-            pytest.fail(f"{count} processes wait for each other for ever:\n{process.communicate()[0][-2000:]}")
-        assert process.returncode == 0, output[-4000:]
-        return tmp_path / name
-
-    return launch
-
-
-@pytest.mark.parametrize("script", [("rs", "--ema", 0.9), ("awp", "--steps", 2)], ids=lambda script: script[0])
-def test_two_processes_compute_what_one_does(script, processes):
-    """71 images in batches of 16: the last one has 7, which two processes share as 3 and 4."""
-    flags = ("float64 nobatchnorm", *script, "--train-size", 71, "--batch-size", 16)
-    two, one = processes(2, "two", *flags), processes(1, "one", *flags)
-    for name in ("last", "best"):
-        a, b = (torch.load(path / f"{name}.pth", weights_only=True) for path in (one, two))
-        assert a["epoch"] == b["epoch"]
-        for key, value in a["state_dict"].items():
-            assert value.dtype == torch.float64
-            assert torch.allclose(value, b["state_dict"][key], rtol=1e-9, atol=1e-12), key
-    rows = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (one, two)]
-    for a, b in zip(*rows):
-        assert [a[key] for key in ("loss", "train_accuracy", "lr", "val_clean")] == pytest.approx(
-            [b[key] for key in ("loss", "train_accuracy", "lr", "val_clean")], rel=1e-9)
-    assert json.loads((two / "result.json").read_text())["processes"] == 2
-
-
-def test_a_last_batch_smaller_than_the_processes(processes):
-    """33 images in batches of 16: one process has nothing to do in the last batch, and must not spoil it."""
-    flags = ("float64 nobatchnorm", "rs", "--train-size", 33, "--batch-size", 16)
-    two, one = processes(2, "two", *flags), processes(1, "one", *flags)
-    a, b = (torch.load(path / "last.pth", weights_only=True)["state_dict"] for path in (one, two))
-    assert all(torch.allclose(a[key], b[key], rtol=1e-9, atol=1e-12) for key in a)
-
-
-def test_processes_agree_to_stop_and_go_on_exactly(processes, differences):
-    """A signal, or a clock, may ask one process only; and each process's BatchNorm must be that of the file again."""
-    flags = ("pgd", "--attack-bn", "eval", "--steps", 2, "--train-size", 71, "--batch-size", 16)
-    stopped = processes(2, "stopped", "onerank", *flags)
-    assert not (stopped / "result.json").exists()
-    assert 2 <= torch.load(stopped / "state.pth", weights_only=True)["position"]["step"] < 10
-    processes(2, "stopped", "", *flags)
-    whole = processes(2, "whole", "", *flags)
-    states = [torch.load(path / "state.pth", weights_only=True) for path in (whole, stopped)]
-    assert differences(*(state["kept"] for state in states)) == []
-    assert differences(*(state["history"] for state in states)) == []
-
-
-def test_processes_measure_the_weights_that_they_save(processes):
+def test_processes_measure_the_weights_that_they_save(tmp_path):
     """BatchNorm's averages are a process's own in training; what is logged must be of those in the file."""
-    out_dir = processes(2, "run", "", "rs", "--train-size", 400, "--batch-size", 8, "--val-size", 300, "--epsilon", 10)
-    row = json.loads((out_dir / "log.jsonl").read_text().splitlines()[-1])
-    assert row["val_clean"] == pytest.approx(clean_accuracy(out_dir / "last.pth", held_out=300))
+    status, output = processes.outcome(processes.torchrun(
+        str(record.ROOT / "train_fgsm_rs.py"), "--dataset", "digits", "--device", "cpu", "--epochs", "2", "--train-size", "400", "--batch-size", "8",
+        "--val-size", "300", "--epsilon", "10", "--out-dir", str(tmp_path)), 180)
+    assert status == 0, output[-4000:]
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert row["val_clean"] == pytest.approx(clean_accuracy(tmp_path / "last.pth", held_out=300))
+    assert json.loads((tmp_path / "result.json").read_text())["processes"] == 2

@@ -1,6 +1,7 @@
 """The numbers: verdicts against attacks called plainly, AutoAttack against the packages, the evaluation script's files."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,6 +18,8 @@ import attacks
 import models
 from engine import checkpoint, data, evaluate, foreign, record
 from engine.errors import Failure, Misuse
+from engine.random_streams import evaluation_generator
+from tests.test_sharded import shortly
 
 EPS, ALPHA = 38 / 255, 38 / 255 / 4
 PLAIN = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "cw")
@@ -82,7 +85,7 @@ def test_columns_are_the_attacks_called_plainly(model):
     found = measured(model, batch_size=120, columns=(*PLAIN, "pgd7"))
 
     def start(stream: str) -> Tensor:
-        return EPS * (2 * torch.rand(points.shape, generator=data.evaluation_generator(0, stream)) - 1)
+        return EPS * (2 * torch.rand(points.shape, generator=evaluation_generator(0, stream)) - 1)
 
     deltas = {
         "clean": torch.zeros_like(points),
@@ -208,10 +211,10 @@ def test_verdicts_of_a_network_of_another_form_are_not_taken_over(tmp_path):
     one, other = (models.build(f"preactresnet18{form}", channels=1, width=2).eval() for form in "ac")
     other.load_state_dict(one.state_dict())
     x, y = images(4)
-    names = [evaluate._fingerprint(network, x, y, 0.1, 0, 2) for network in (one, other)]
-    assert names[0] != names[1]
+    names = [evaluate._identity(network, x, y, eps=0.1) for network in (one, other)]
+    assert names[0]["network"] != names[1]["network"] and names[0]["images"] == names[1]["images"]
     other.load_state_dict(one.state_dict())
-    assert names == [evaluate._fingerprint(network, x, y, 0.1, 0, 2) for network in (one, other)]
+    assert names == [evaluate._identity(network, x, y, eps=0.1) for network in (one, other)]
 
 
 @pytest.mark.parametrize("classes", [4, 3])
@@ -222,15 +225,39 @@ def test_autoattack_on_few_classes(classes):
     x = torch.rand(6, 1, 8, 8)
     y = attacks.predict(network, x)
     for name in attacks.AUTOATTACK if classes == 4 else ("apgd-ce", "fab-t", "square"):
-        x_adv, standing = attacks.auto_attack(network, x, y, attack=name, eps=0.01, seed=0, batch_size=4, classes=classes)
+        with shortly():
+            x_adv, standing = attacks.auto_attack(network, x, y, attack=name, eps=0.01, seed=0, batch_size=4, classes=classes)
         assert torch.equal(attacks.predict(network, x_adv) == y, standing) and (x_adv - x).abs().max() <= 0.01 + 1e-6
 
 
-def test_autoattack_is_the_packages(model, tmp_path, monkeypatch):
+def test_autoattack_has_its_standard_version(model, monkeypatch):
+    """Adversarial images are those of `test_autoattack_is_the_packages`, which has shorter attacks."""
+    import pyautoattack
+
+    found = []
+
+    def looked_at(runner, x, y, batch_size):
+        found.append(((runner.version, runner.norm), runner.attacks_to_run, [(each.n_iter, each.n_restarts) for each in (runner.apgd, runner.apgd_targeted, runner.fab)],
+                      (runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes), runner.square.n_queries, runner.epsilon, runner.seed))
+        return x, y
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", looked_at)
+    for name in attacks.AUTOATTACK:
+        attacks.auto_attack(model, torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.long), attack=name, eps=0.1, seed=3, batch_size=2)
+    assert found == [(("standard", "Linf"), [name], [(100, 1)] * 3, (9, 9), 5000, 0.1, 3) for name in attacks.AUTOATTACK]
+
+
+@pytest.mark.parametrize("length, eps", [(shortly, 54 / 255), pytest.param(contextlib.nullcontext, WIDE, marks=pytest.mark.slow)], ids=["short", "standard"])
+def test_autoattack_is_the_packages(length, eps, model, tmp_path, monkeypatch):
     """Image by image, verdicts and adversarial images, though ours was interrupted in the middle of one of the attacks.
 
     And neither the global random numbers nor BatchNorm's averages moved.
     """
+    with length():
+        is_the_packages(eps, model, tmp_path, monkeypatch)
+
+
+def is_the_packages(eps, model, tmp_path, monkeypatch):
     from pyautoattack import AutoAttack
 
     states, buffers, lines = random_states(), {name: value.clone() for name, value in model.named_buffers()}, []
@@ -246,8 +273,8 @@ def test_autoattack_is_the_packages(model, tmp_path, monkeypatch):
         patch.setattr(attacks, "auto_attack", interrupted)
         patch.setattr(evaluate, "SAVE_EVERY", -1)
         with pytest.raises(Interrupted):
-            attack(model, N, path)
-    found = attack(model, N, path, log=lines.append)
+            attack(model, N, path, eps=eps)
+    found = attack(model, N, path, eps=eps, log=lines.append)
     assert random_states() == states and all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
     assert any("clean done" in line for line in lines), "it says that it continues, and from where"
     assert any(line.startswith(f"apgd-ce: {2 * BATCH} of") for line in lines) and not any(line.startswith(f"apgd-ce: {BATCH} of") for line in lines)
@@ -255,12 +282,12 @@ def test_autoattack_is_the_packages(model, tmp_path, monkeypatch):
     x, y = images(N)
     points = data.to_images(x)
     with torch.random.fork_rng():
-        package = AutoAttack(model, eps=WIDE, norm="Linf", seed=0, version="standard", device="cpu")
+        package = AutoAttack(model, eps=eps, norm="Linf", seed=0, version="standard", device="cpu")
         x_adv, predicted = package.run_standard_evaluation(points, y, batch_size=BATCH)
     assert torch.equal(found["aa"], predicted == y)
     state = torch.load(path, weights_only=True)
     assert torch.equal(state["x_adv"], x_adv)
-    assert (x_adv - points).abs().max() <= WIDE + 1e-6
+    assert (x_adv - points).abs().max() <= eps + 1e-6
     assert torch.equal(attacks.predict(model, state["x_adv"]) == y, found["aa"]), "an adversarial image for every verdict"
 
     standing = [state["standing"][name] for name in ("clean", *attacks.AUTOATTACK)]
@@ -367,10 +394,7 @@ def test_apgd_is_the_first_attack_alone(pretended, model, tmp_path):
     assert torch.equal(first["apgd"], both["apgd"]) and both["aa"].sum() < both["apgd"].sum()
 
 
-STALE = {"eps": dict(eps=EPS), "seed": dict(seed=1), "batch size": dict(batch_size=8), "weights": {}, "images": {}}
-
-
-@pytest.mark.parametrize("what", STALE)
+@pytest.mark.parametrize("what", ["weights", "more images"])
 def test_a_state_of_another_evaluation_is_not_used(what, pretended, model, tmp_path):
     path, lines = tmp_path / "a.pth", []
     attack(model, N, path)
@@ -378,8 +402,19 @@ def test_a_state_of_another_evaluation_is_not_used(what, pretended, model, tmp_p
     if what == "weights":
         with torch.no_grad():
             model.linear.bias[0] += 1e-6
-    attack(model, N - (what == "images"), path, log=lines.append, **STALE[what])
+    attack(model, N + (what == "more images"), path, log=lines.append)
     assert {name for name, *_ in pretended.calls} == set(attacks.AUTOATTACK) and any("another evaluation" in line for line in lines)
+
+
+@pytest.mark.parametrize("what, more", {"eps": dict(eps=EPS), "seed": dict(seed=1), "batch_size": dict(batch_size=8), "images": {}}.items())
+def test_a_state_of_the_same_network_is_not_overwritten(what, more, pretended, model, tmp_path):
+    """It may have taken hours; a look at fewer images, at another radius, must not cost it."""
+    path = tmp_path / "a.pth"
+    attack(model, N, path)
+    before = path.read_bytes()
+    with pytest.raises(Misuse, match=f"a.pth is of the same network with {what} .*give another --out-dir"):
+        attack(model, N - (what == "images"), path, **more)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", "half", "of something else"])
@@ -465,6 +500,7 @@ def test_an_evaluation_names_the_code_of_all_its_parts(pretended, digits_run, ti
     assert tiny.command(*command).status == 0
     content = json.loads((out_dir / "evaluation.json").read_text())
     assert (content["commit"], content["dirty"], content["earlier_commits"]) == ("c", True, ["a", "b"])
+    (out_dir / "evaluation.json").unlink()
     assert tiny.command(*command[:-1], "clean").status == 0
     content = json.loads((out_dir / "evaluation.json").read_text())
     assert (content["commit"], content["dirty"]) == ("c", False) and "earlier_commits" not in content, "nothing of it is AutoAttack's"
@@ -537,9 +573,28 @@ def test_the_card_of_a_sound_network(n, trusted, digits_run, tiny):
     assert ("NOT TRUSTED" in result.out) != trusted and result.out.count("claim card") == 1 + (not trusted) * 2
 
 
+def test_an_evaluation_that_asks_less_does_not_replace_one_that_asked_more(digits_run, tiny):
+    def evaluated(*flags):
+        return tiny.command("test_FGSM_SDI", "--model_path", path, "--card-n", 0, *flags)
+
+    path, out_dir = Path(shutil.copy(digits_run / "best.pth", tiny.directory / "mine.pth")), tiny.directory / "mine-evaluation"
+    assert evaluated("--attacks", "clean", "--n-ex", 20).status == 0
+    assert evaluated("--attacks", "clean,fgsm", "--n-ex", 40).status == 0, "more of both"
+    before = {file.name: file.read_bytes() for file in out_dir.iterdir()}
+    for flags, differing in ((("--attacks", "clean"), "columns clean,fgsm"), (("--attacks", "clean,fgsm", "--n-ex", 20), "n 40"),
+                             (("--attacks", "clean,fgsm", "--epsilon", 4), "epsilon 38"), (("--attacks", "clean,fgsm", "--seed", 1), "seed 0")):
+        result = evaluated(*flags)
+        assert result.status == 2 and differing in result.err and "give another --out-dir" in result.err
+        assert {file.name: file.read_bytes() for file in out_dir.iterdir()} == before
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["linear.bias"] += 0.1
+    torch.save(content, path)
+    assert evaluated("--attacks", "clean", "--n-ex", 20).status == 0, "of other weights, as after a new training"
+
+
 def test_results_lie_beside_the_checkpoint_by_default(digits_run, tiny):
     path = Path(shutil.copy(digits_run / "best.pth", tiny.directory / "mine.pth"))
-    result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean")
+    result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean", "--card-n", 0)
     assert result.status == 0, result.err
     assert {file.name for file in (tiny.directory / "mine-evaluation").iterdir()} == {"evaluation.json", "verdicts.npz", ".lock"}
 
@@ -547,7 +602,7 @@ def test_results_lie_beside_the_checkpoint_by_default(digits_run, tiny):
 def test_another_epsilon_and_more_columns_do_not_move_a_column(digits_run, tiny):
     def evaluated(*flags) -> dict:
         out_dir = tiny.directory / f"evaluation{len(list(tiny.directory.iterdir()))}"
-        assert tiny.command("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, *flags).status == 0
+        assert tiny.command("test_FGSM_SDI", "--model_path", digits_run / "best.pth", "--out_dir", out_dir, "--card-n", 0, *flags).status == 0
         with np.load(out_dir / "verdicts.npz") as file:
             return dict(file)
 
@@ -566,7 +621,7 @@ def test_weights_in_another_container_evaluate_alike(form, digits_run, tiny):
     results = []
     for path in (digits_run / "best.pth", tiny.directory / "foreign.pth"):
         out_dir = tiny.directory / path.stem
-        result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean,pgd10", "--epsilon", 38, "--out-dir", out_dir)
+        result = tiny.command("test_FGSM_SDI", "--model_path", path, "--attacks", "clean,pgd10", "--epsilon", 38, "--card-n", 0, "--out-dir", out_dir)
         assert result.status == 0, result.err
         results.append(json.loads((out_dir / "evaluation.json").read_text()))
     assert results[0]["metrics"] == results[1]["metrics"] and results[1]["dataset"] == "digits"

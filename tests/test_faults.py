@@ -39,7 +39,7 @@ import attacks
 import engine
 import test_FGSM_SDI as evaluation
 import train_fgsm_rs
-from engine import checkpoint, config, data, evaluate, foreign, record
+from engine import checkpoint, config, data, evaluate, foreign, random_streams, record
 from engine.errors import Failure, Misuse, one_sentence
 
 ROOT, PAGE = record.ROOT, record.ROOT / "docs" / "reliability.md"
@@ -259,9 +259,10 @@ def written_in_place(patch: pytest.MonkeyPatch) -> None:
 
 
 def another_noise_after_each_start(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(data, "noise_generator", lambda generator, seed, step: generator.manual_seed(os.getpid()))
+    patch.setattr(random_streams, "noise_generator", lambda generator, seed, step: generator.manual_seed(os.getpid()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [written_in_place, another_noise_after_each_start])
 def test_the_kills_notice_a_run_that_is_not_safe(wrong, tmp_path):
     with pytest.raises(AssertionError, match="AssertionError"):  # of the process's own
@@ -478,7 +479,7 @@ def test_code_in_a_run_s_own_files_never_runs(whole, tmp_path, capsys):
     measure(whole / "best.pth", evaluated)
     assert "starting anew" in capsys.readouterr().out
     torch.save(checkpoint.load(whole / "best.pth") | {"more": Code(marker)}, tmp_path / "best.pth")
-    measure(tmp_path / "best.pth", evaluated, "--attacks", "clean")
+    measure(tmp_path / "best.pth", tmp_path / "again", "--attacks", "clean")
     assert not marker.exists()
     torch.load(run / "state.pth", weights_only=False)
     assert marker.exists(), "the code is live: what is tested above are the readers"

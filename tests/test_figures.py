@@ -61,7 +61,7 @@ def written(name: str, path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_drawing_is_of_the_json_alone_and_the_same_every_time(name: str, tmp_path: Path) -> None:
     for folder in "ab":
-        figures.drawn(written(name, tmp_path / folder / f"{name}.json"))
+        figures.write_pictures(written(name, tmp_path / folder / f"{name}.json"))
     for kind in ("pdf", "png"):
         one, other = ((tmp_path / folder / f"{name}.{kind}").read_bytes() for folder in "ab")
         assert one == other and len(one) > 2000
@@ -73,7 +73,7 @@ def test_another_number_is_another_picture_and_a_dirty_tree_is_seen(tmp_path: Pa
     pictures = []
     for i, changes in enumerate(({}, changed, {"provenance": {"dirty": True}}, {"runs": [ORIGIN | {"dirty": True}]})):
         path = written("radius", tmp_path / str(i) / "radius.json", **changes)
-        figures.drawn(path)
+        figures.write_pictures(path)
         pictures.append(path.with_suffix(".png").read_bytes())
     assert pictures[0] not in pictures[1:] and pictures[1] not in pictures[2:] and pictures[2] == pictures[3]
 
@@ -379,12 +379,12 @@ def test_runs_of_one_script_with_other_flags_are_no_seeds_of_each_other(tiny: Ti
 
 def test_an_evaluation_of_other_weights_is_refused(tiny: Tiny) -> None:
     folder = tiny.train("train_fgsm_rs", "--epochs", 1)
-    assert tiny.command("test_FGSM_SDI", "--model-path", folder / "best.pth", "--out-dir", folder / "best", "--attacks", "clean", "--n-ex", 10, "--device", "cpu").status == 0
-    assert of_folders([folder])[0].content["evaluations"].keys() == {"best"}
+    assert tiny.command("test_FGSM_SDI", "--model-path", folder / "best.pth", "--out-dir", folder / "mine", "--attacks", "clean", "--n-ex", 10, "--device", "cpu").status == 0
+    assert of_folders([folder])[0].content["evaluations"].keys() == {"best", "last"}, "by the weights, whatever the folder is called; here they are the same"
     tiny.train("train_fgsm_rs", "--epochs", 1, "--seed", 1, out_dir=folder.with_name("other"))
     for name in ("result.json", "best.pth", "last.pth"):
         (folder.with_name("other") / name).replace(folder / name)
-    with pytest.raises(Misuse, match="best/evaluation.json is of other weights"):
+    with pytest.raises(Misuse, match="mine/evaluation.json is of other weights"):
         of_folders([folder])
 
 
@@ -398,8 +398,8 @@ def test_help_names_every_figure(tiny: Tiny) -> None:
     (["grad-cam", "--scale", "small"], '--rows "FGSM-RS,FGSM-SDI" --output {0}/out --results {0}/none makes them'),
     (["radius"], "PGD-AT, FGSM-RS, FGSM-CKPT, FGSM-GA, Free-AT(m=8), FGSM-SDI: not measured at scale full; python reproduce.py run V --scale full"),
     (["strategies", "--rows", "LAS-AT"], 'the table "LAS-AT: the terms of the reward" offers LAS-AT L1, '),
-    (["curves", "--runs", "{0}/none"], "--runs {0}/none: there is no result.json"),
-    (["pareto", "--runs", "{0}/none.json"], "--runs {0}/none.json: it is not a run's JSON"),
+    (["curves", "--runs", "{0}/none"], "{0}/none: there is no result.json"),
+    (["pareto", "--runs", "{0}/none.json"], "{0}/none.json: it is not a run's JSON"),
     (["curves", "--redraw"], "curves.json is not there: leave out --redraw"),
     (["curve"], "invalid choice: 'curve'"),
 ])

@@ -182,7 +182,7 @@ def test_the_training_loss_asks_for_a_test(tiny, monkeypatch):
 def test_warn_says_it_once_and_writes_it_down(tiny):
     with collapsing(lambda seen, run: len(seen) in (2, 3)):
         ended = tiny.command(*COMMAND[:1], *tiny.flags, *COMMAND[1:], "--out-dir", tiny.directory / "run")
-    assert ended.status == 0 and ended.out.count("warning: catastrophic overfitting at epoch 2, update 6: FGSM leaves") == 1
+    assert ended.status == 0 and ended.out.count("warning: catastrophic overfitting at epoch 2, update 6: accuracy on") == 1
     alarm, = result(tiny.directory / "run")["alarms"]
     assert (alarm["epoch"], alarm["update"], alarm["n"], alarm["action"]) == (2, 6, 40, "warn")
     log = rows(tiny.directory / "run")
@@ -200,7 +200,7 @@ def test_stop_saves_and_ends_with_one_sentence(when, tiny, often):
         ended = tiny.command(COMMAND[0], *flags, "stop")
     step = 5 if inside else 6
     assert ended.status == 1 and ended.err.count("\n") == 1
-    assert all(part in ended.err for part in (f"epoch 2, update {step}", "right, PGD-10 ", "of its own; the run is saved", str(out_dir), "--co-guard rollback", "--co-guard warn"))
+    assert all(part in ended.err for part in (f"epoch 2, update {step}", "% under PGD-10, ", "under the training attack", "; the run is saved", str(out_dir), "--co-guard rollback", "--co-guard warn"))
     assert state(out_dir)["position"]["step"] == step and not (out_dir / "result.json").exists()
     assert len(rows(out_dir)) == (1 if inside else 2)
     assert tiny.command(COMMAND[0], *flags, "warn").status == 0, "who wants to can go on"

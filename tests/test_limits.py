@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ import train_liet
 import train_mart
 import train_n_fgsm
 import train_pgd_at
-from engine import data, record
+from engine import data, random_streams, record
 from utils import eval_mode, inside_image
 
 EXACT, ROUNDING = dict(rtol=0, atol=0), dict(rtol=0, atol=1e-9)
@@ -70,7 +69,6 @@ def same(a: Trained, b: Trained) -> bool:
 
 @pytest.fixture(autouse=True)
 def quick(float64, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # there are many runs here, and none must outlive a power cut
     monkeypatch.setattr(data, "load", LOAD)
 
 
@@ -127,7 +125,7 @@ def first_draw(noise) -> Callable[..., Tensor]:
     """For Run.uniform and Run.normal: noise for images is the batch's first, whatever a script drew before it."""
     def drawn(run, x):
         if x.ndim == 4:
-            data.noise_generator(run._generator, run.cfg.seed, run._position.epoch * len(run._data) + run._position.batch)
+            random_streams.noise_generator(run._generator, run.cfg.seed, run._position.epoch * len(run._data) + run._position.batch)
         return noise(run, x)
     return drawn
 

@@ -463,6 +463,12 @@ def test_strategy(options, size, inputs):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("image_size, blocks", [(8, (1, 1, 1, 0)), (32, (2, 2, 2, 2)), (64, (2, 2, 2, 2))])
+def test_the_strategy_network_is_a_resnet18_or_for_tiny_images_a_resnet8(image_size, blocks):
+    ours, told = (models.StrategyNetwork(STRATEGY, width=4, image_size=image_size, **more) for more in ({}, {"blocks": blocks}))
+    assert {name: value.shape for name, value in ours.state_dict().items()} == {name: value.shape for name, value in told.state_dict().items()}
+
+
 def test_strategy_is_a_resnet18_with_other_last_layers():
     strategy, classifier = models.StrategyNetwork({"epsilon": 10}, width=4), models.build("resnet18", width=4)
     state = {key.replace("heads.epsilon.", "linear."): value for key, value in strategy.state_dict().items()}

@@ -1176,4 +1176,4 @@ def test_las_ats_strategy_network_is_the_published_one(dataset, size, monkeypatc
     monkeypatch.setattr(train_las_at, "StrategyNetwork", build)
     with pytest.raises(StopIteration):
         train_las_at.main(train_las_at.Config(dataset=dataset))
-    assert built == dict(channels=3, image_size=size, width=64, blocks=(2, 2, 2, 2))
+    assert built == dict(channels=3, image_size=size, width=64)

@@ -20,7 +20,7 @@ from experiments import processes
 
 DRIVER = '''
 """What each process of a test does: trains all methods, or one that is killed, or goes on with one."""
-import os, signal, sys
+import contextlib, os, signal, sys
 from pathlib import Path
 import torch
 import engine, models, train_fgsm_ga, train_las_at
@@ -112,13 +112,31 @@ def asked(run):
     run._asked_to_stop = True
 
 
+def second_asked(run):
+    if distributed.rank() == 1:  # a signal, or a clock, may ask one process only
+        run._asked_to_stop = True
+
+
+def stop_and_go_on(directory):
+    """PGD-AT whose processes have BatchNorms of their own, stopped and going on, and undisturbed."""
+    options = dict(batchnorm="process", attack_bn="eval")
+    with stopped_before(2, second_asked), contextlib.suppress(SystemExit):
+        processes.train("pgd_at", directory / "stopped", **options)
+    position = torch.load(directory / "stopped" / "state.pth", weights_only=True)["position"]["step"]
+    assert position < 10 and not (directory / "stopped" / "result.json").exists(), position
+    processes.train("pgd_at", directory / "stopped", **options)
+    processes.train("pgd_at", directory / "whole", **options)
+
+
 with distributed.leaving():
     if what == "all":
         processes.train_all(directory / str(distributed.world_size()))
         align_some(directory / str(distributed.world_size()) / "fgsm_ga of some")
         reward_fully(directory / str(distributed.world_size()) / "las_at unclipped")
+        processes.train("fgsm_rs", directory / str(distributed.world_size()) / "fgsm_rs averaged", ema=0.9)
         if distributed.world_size() > 1:
             train_wrongly(directory / "wrong")
+            stop_and_go_on(directory)
     elif what == "killed":
         with stopped_before(6, killed):
             processes.train(labels[0], directory, save_every=0)
@@ -166,7 +184,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_two_processes_end_where_one_does(trained):
     """Every method and base, ten updates; a batch is shared as four and three images, the last of an epoch as one and none."""
-    found = {label: processes.compared(trained / "1" / label, trained / "2" / label) for label in [*processes.RUNS, "fgsm_ga of some", "las_at unclipped"]}
+    found = {label: processes.compared(trained / "1" / label, trained / "2" / label) for label in [*processes.RUNS, "fgsm_ga of some", "las_at unclipped", "fgsm_rs averaged"]}
     assert {name.split("train_")[1] for name, _ in processes.RUNS.values()} == {path.stem[6:] for path in record.ROOT.glob("train_*.py")}
     assert {label: run["updates"] for label, run in found.items()} == {label: 20 if label == "free_at" else 10 for label in found}
     far = {label: run for label, run in found.items() if max(*run["kept"].values(), run["log"]) > 1e-9}
@@ -179,6 +197,13 @@ def test_what_is_computed_by_each_process_alone_is_noticed(trained):
     assert len(found) == 14
     unnoticed = {name: run["kept"] for name, run in found.items() if max(run["kept"].values()) < 1e-6}
     assert not unnoticed
+
+
+def test_processes_agree_to_stop_and_go_on_exactly(trained, differences):
+    """Though one alone was asked; and each process's BatchNorm is that of the file again."""
+    states = [torch.load(trained / name / "state.pth", weights_only=True) for name in ("whole", "stopped")]
+    assert differences(*(state["kept"] for state in states)) == []
+    assert differences(*(state["history"] for state in states)) == []
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ import importlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import card, record
 from engine.errors import Failure
@@ -44,6 +46,14 @@ def test_command_parses(command: str, tmp_path: Path) -> None:
         module.Config.parse(module.__doc__, flags)
     else:
         module.parse(flags)
+
+
+def test_its_python_loads_a_network(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(code.replace("output/fgsm-sdi-cifar10-seed0", str(digits_run)), names)
+    assert names["model"](torch.rand(2, 1, 8, 8)).shape == (2, 10) and not names["model"].training
 
 
 def test_there_are_commands_for_every_script() -> None:

@@ -54,6 +54,7 @@ def test_the_recipes_are_the_papers():
     v = config("V", "FGSM-RS")
     assert (v.arch, v.epochs, v.batch_size, v.lr, v.lr_schedule, v.alpha) == ("resnet18", 110, 128, 0.1, "multistep", 10)
     assert [config("VII", method).lr for method in ("FGSM-SDI", "FGSM-RS", "FGSM-GA", "FGSM-CKPT")] == [0.2, 0.2, 0.3, 0.3]
+    assert train_fgsm_rs.Config.parse(None, ["--lr-schedule", "cyclic", "--lr", "0.05"]).lr == 0.05 and train_fgsm_rs.Config.parse(None, []).lr == 0.1
     assert config("VII", "PGD-AT").epochs == 30 and config("VI", "FGSM-SDI").arch == "wideresnet34-10"
     assert (config("IX", "FGSM-RS").arch, config("IX", "FGSM-RS").augment) == ("preactresnet18", "none")
     assert (config("IV", "PGD2-AT").alpha, config("IV", "PGD4-AT").alpha, config("IV", "PGD2-AT").init) == (4, 2, "zero")
@@ -161,7 +162,7 @@ def test_what_is_not_shown_and_what_was_compiled_is_said(tmp_path):
     made_up(jobs[0], 0, {"aa": 42.0})
     made_up(jobs[1], 1, {"aa": 10.0}, dirty=True)
     text = side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
-    assert "Not shown: 1 run of a tree that differed from its commit." in text and "compile" not in text and "42.00 (41.0 to 43.0) [42.92" in text
+    assert "Not shown: 1 run that came from a tree that differed from its commit" in text and "compile" not in text and "42.00 (41.0 to 43.0) [42.92" in text
     made_up(jobs[2], 2, {"aa": 44.0}, compiled=True)
     assert "some with --compile" in side_by_side.rendered(table, scale, tmp_path, "text", 1.0)
     jobs[2].result.write_text("{")
@@ -280,7 +281,7 @@ TINY = Scale("tiny", ("--n-ex", "20", "--attacks", "clean,pgd10"))
 
 
 @pytest.fixture
-def digits(monkeypatch, tmp_path):
+def digits(monkeypatch, tmp_path, in_this_process):
     """A function that runs the table of digits, as from the shell; its folder is tmp_path."""
     monkeypatch.setitem(tables.TABLES, "D", (DIGITS,))
     monkeypatch.setitem(tables.SCALES, "tiny", TINY)
@@ -330,6 +331,10 @@ def test_a_result_of_other_settings_is_neither_taken_nor_overwritten(tmp_path):
     record.write_json({"run": {"config": config | {"lr": 0.3}}, "evaluations": {"best": {}, "last": {}}}, job.result)
     (said,), unfinished = runner.do_all([job], tmp_path, ["cpu"])
     assert not unfinished and "measured with --lr 0.3, and now it would be 0.2" in said and not (tmp_path / "output").exists()
+    job.result.unlink()  # as the sentence says, but the training's own result is still there
+    record.write_json({"config": config | {"lr": 0.3}}, job.folder / "result.json")
+    (said,), unfinished = runner.do_all([job], tmp_path, ["cpu"])
+    assert not unfinished and "result.json was measured with --lr 0.3, and now it would be 0.2" in said and not job.result.exists()
 
 
 def test_an_evaluation_of_weights_that_are_gone_is_none(tmp_path):
@@ -358,19 +363,18 @@ def test_a_table_that_shows_more_checkpoints_adds_their_evaluation(digits, tmp_p
     assert changed <= {"best-clean-pgd10", "output.log"}, "what was trained and evaluated stays"
 
 
-def test_time_runs_out_and_the_next_call_goes_on(digits, tmp_path, monkeypatch, capsys):
+def test_time_runs_out_and_the_next_call_goes_on(digits, in_this_process, tmp_path, capsys):
     digits("--rows", "RS")
     folder = next((tmp_path / "output" / "full").iterdir())
     whole = torch.load(folder / "last.pth", weights_only=True)["state_dict"]
     folder.rename(tmp_path / "whole")
     next((tmp_path / "results" / "tiny").iterdir()).unlink()
-    popen = subprocess.Popen
     assert "nothing is missing" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.subprocess, "Popen", lambda command, **more: popen([*command, "--time-limit", "0"], **more))  # whatever the machine's speed
-        digits("--rows", "RS", "--time-limit", "60")  # and exits with 0, as a training script
-        said = capsys.readouterr().out
-        assert "RS, seed 0: the training is not finished" in said and "1 of 1 runs are not finished: the same command goes on" in said and "nothing is missing" not in said
+    in_this_process += ["--time-limit", "0"]  # whatever the machine's speed
+    digits("--rows", "RS", "--time-limit", "60")  # and exits with 0, as a training script
+    said = capsys.readouterr().out
+    assert "RS, seed 0: the training is not finished" in said and "1 of 1 runs are not finished: the same command goes on" in said and "nothing is missing" not in said
+    in_this_process.clear()
     assert (folder / "state.pth").is_file() and not list((tmp_path / "results").rglob("*.json"))
     digits("--rows", "RS")
     pieces = torch.load(folder / "last.pth", weights_only=True)["state_dict"]
@@ -387,10 +391,9 @@ def test_a_failure_counts_though_others_want_only_time(digits, tmp_path, monkeyp
     assert "RS, seed 0: no time left for the training" in capsys.readouterr().out and "RS, seed 0" not in str(failed.value)
 
 
-def test_a_run_that_is_stopped_without_a_limit_has_failed(digits, monkeypatch):
+def test_a_run_that_is_stopped_without_a_limit_has_failed(digits, in_this_process):
     """Nobody asked for it, so that nothing here may count as done."""
-    popen = subprocess.Popen
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: popen([*command, "--time-limit", "0"], **more))
+    in_this_process += ["--time-limit", "0"]
     with pytest.raises(Failure, match="RS, seed 0: .* ended with status 0"):
         digits("--rows", "RS")
 
@@ -473,6 +476,28 @@ def test_a_result_that_cannot_be_written_does_not_stop_the_rest(monkeypatch, tmp
     jobs = [DIGITS.job(ROWS[0], seed, TINY, tmp_path, tmp_path) for seed in range(3)]
     (said,), unfinished = runner.do_all(jobs, tmp_path, ["cpu"])
     assert not unfinished and said.startswith("RS, seed 0: ") and "Read-only" in said and done == [1, 2]
+
+
+def test_runs_of_ones_own_over_their_seeds(tiny, capsys):
+    def evaluated(folder: Path, *flags) -> None:
+        assert tiny.command("test_FGSM_SDI", "--model_path", folder / "best.pth", "--card-n", 0, *flags).status == 0
+
+    ours = [tiny.train("train_fgsm_rs", "--seed", seed) for seed in (0, 1)]
+    other = tiny.train("train_standard")
+    with pytest.raises(Misuse, match=f"{ours[0]} holds no evaluation: python test_FGSM_SDI.py --model_path {ours[0]}/best.pth"):
+        reproduce.main(["seeds", *map(str, [*ours, other])])
+    for folder in (*ours, other):
+        evaluated(folder, "--attacks", "clean,pgd10", "--n-ex", 50)
+    capsys.readouterr()
+    reproduce.main(["seeds", *map(str, [*ours, other])])
+    said = capsys.readouterr().out
+    values = [json.loads((folder / "best-evaluation" / "evaluation.json").read_text())["metrics"]["pgd10"]["value"] for folder in ours]
+    row, = (line for line in said.splitlines() if line.split()[:2] == ["FGSM-RS", "best"])
+    assert f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})" in row and row.split()[-1] == "2"
+    assert "on 50 test images of digits at epsilon 51/255" in said and "STANDARD" in said
+    evaluated(other, "--attacks", "clean,pgd10", "--n-ex", 60)
+    with pytest.raises(Misuse, match="differ in their number of images .50 and 60.: evaluate all runs alike"):
+        reproduce.main(["seeds", *map(str, [*ours, other])])
 
 
 def test_rows_that_are_not_offered_are_refused(digits):

@@ -58,7 +58,7 @@ def runs(figure: Figure, place: Place, rows: Sequence[str] = ()) -> list[Trained
     return found + (place.siblings() if figure.siblings and not rows else [])
 
 
-def measured(name: str, found: Sequence[Trained], setting: Setting, path: Path) -> None:
+def write_measurement(name: str, found: Sequence[Trained], setting: Setting, path: Path) -> None:
     """Writes what the figure shows of these runs, and where every number comes from."""
     from experiments.figures import measure
 
@@ -68,7 +68,7 @@ def measured(name: str, found: Sequence[Trained], setting: Setting, path: Path) 
                        "provenance": record.provenance(setting.device, "fp32", code)}, path)
 
 
-def drawn(path: Path) -> None:
+def write_pictures(path: Path) -> None:
     """The .pdf and .png beside a figure's JSON, made of it alone: the same bytes every time.
 
     Raises:

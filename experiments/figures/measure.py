@@ -17,8 +17,9 @@ import attacks
 from engine import evaluate
 from engine.card import mark
 from engine.config import numbers
-from engine.data import evaluation_generator, in_ball, to_images
+from engine.data import to_images
 from engine.errors import Misuse
+from engine.random_streams import evaluation_generator, in_ball
 from experiments import show
 from experiments.figures.sources import Setting, Trained, one
 from models import PerturbationGenerator, StrategyNetwork
@@ -278,7 +279,7 @@ def strategies(runs: Sequence[Trained], setting: Setting) -> dict[str, Any]:
     for epoch, path in _snapshots(run).items():
         _, state = run.at(path, setting.device)
         strategy = StrategyNetwork({name: len(values) for name, values in options.items()}, channels=x.shape[3], image_size=x.shape[1],
-                                   width=config["strategy_width"], blocks=(1, 1, 1, 0) if config["dataset"] == "digits" else (2, 2, 2, 2))
+                                   width=config["strategy_width"])
         strategy.load_state_dict(state["kept"]["strategy"])
         strategy.to(setting.device).eval()
         with torch.no_grad():

@@ -120,16 +120,20 @@ def of_folders(folders: Sequence[Path]) -> list[Trained]:
                 content = json.loads(folder.read_text())
                 found.append(Trained(content["label"], folder.with_suffix(""), {key: content[key] for key in ("run", "log", "evaluations")}))
             except (OSError, ValueError, KeyError) as error:
-                raise Misuse(f"--runs {folder}: it is not a run's JSON as the demos write it ({error!r})") from error
+                raise Misuse(f"{folder}: it is not a run's JSON as the demos write it ({error!r})") from error
             continue
         if not (folder / "result.json").is_file():
-            raise Misuse(f"--runs {folder}: there is no result.json, so it is no folder of a finished run")
+            raise Misuse(f"{folder}: there is no result.json, so it is no folder of a finished run")
         run = record.read_json(folder / "result.json")
         log = record.read_lines(folder / "log.jsonl")
-        evaluations = {path.parent.name: record.read_json(path) for path in sorted(folder.glob("*/evaluation.json"))}
-        for name, evaluation in evaluations.items():
-            if evaluation["checkpoint"].get("sha256") not in {trained.get("sha256") for trained in run["checkpoints"].values()}:
-                raise Misuse(f"--runs {folder}: {name}/evaluation.json is of other weights than the run has: evaluate them again, or delete it")
+        evaluations: dict[str, Any] = {}
+        for path in sorted(folder.glob("*/evaluation.json")):
+            evaluation = record.read_json(path)
+            names = [name for name, trained in run["checkpoints"].items() if trained.get("sha256") == evaluation["checkpoint"].get("sha256")]
+            if not names:
+                raise Misuse(f"{folder}: {path.parent.name}/evaluation.json is of other weights than the run has: evaluate them again, or delete it")
+            for name in names:  # of several, the one of most images and columns
+                evaluations[name] = max(evaluations.get(name, evaluation), evaluation, key=lambda each: (each["n"], len(each["metrics"])))
         found.append(Trained(run["method"].upper(), folder, {"run": run, "log": log, "evaluations": evaluations}))
     return told_apart(found)
 

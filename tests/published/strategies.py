@@ -553,7 +553,7 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
             if "strategy" in start["initial"]:
                 found |= prefixed("strategy", state(self.strategy[0])) | {"probabilities": self.probabilities}
             if "strategy" in self.losses:
-                rewards = self._rewards(**{what: local[what] for what in ("x", "y", "trained", "robust", "score", "found")})
+                rewards = self._rewards(**{what: local[what] for what in ("x", "y", "trained", "robust", "score", "reward")})
                 found |= prefixed("strategy", snapshot(*self.strategy)) | prefixed("copy", state(local["trained"].network)) | single(rewards=rewards)
             if name == "liet":
                 found |= single(label_information=local["information"], weight_of_the_divergence=local["weight"])
@@ -566,11 +566,11 @@ def ours(name: str, experiment: Experiment, data: Path, steps: int, pipe: Any) -
                 found |= averaged(self.average.state_dict())
             return found | prefixed_losses(self.losses)
 
-        def _rewards(self, x: Any, y: Any, trained: Any, robust: Any, score: Any, found: Any) -> list[float]:
+        def _rewards(self, x: Any, y: Any, trained: Any, robust: Any, score: Any, reward: Any) -> list[float]:
             """R1, R2, R3 and their sum, of which the script itself keeps R3 and the sum; R2 is measured again."""
             with torch.no_grad(), eval_mode(trained):
                 second = self.cfg.robust * float((trained(x + robust).argmax(1) == y).to(x.dtype).mean())
-            total, third = float(found), self.cfg.clean * float(score)
+            total, third = float(reward), self.cfg.clean * float(score)
             rewards = [total - second - third, second, third, total]
             for what, value in zip(("smallest_rewards", "largest_rewards"), (np.minimum, np.maximum)):
                 notes[what] = value(notes.get(what, rewards), rewards).tolist()
