@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> None:
         return
     missing = [job for job in jobs if not job.is_done()]
     devices = args.devices.split(",") if args.devices else all_devices()
-    print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
-          f"{', the others on ' + ', '.join(devices) if missing else ''}", flush=True)
+    others = f", the others now, {len(devices)} at a time on {', '.join(dict.fromkeys(devices))}" if missing else ""
+    print(f"table {args.table}, {table.dataset}, scale {scale.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done{others}", flush=True)
     if changed := sum(side_by_side.dirty(record.read_json(job.result)) for job in jobs if job not in missing):
         print(f"warning: {changed} of those done {side_by_side.CHANGED}", flush=True)
     if missing:
@@ -127,6 +127,8 @@ def show(args: argparse.Namespace) -> None:
 def seeds(args: argparse.Namespace) -> None:
     runs: Runs = {}
     for one in sources.of_folders(args.folders):
+        if not one.content["evaluations"]:
+            raise Misuse(f"{one.folder} holds no evaluation: python test_FGSM_SDI.py --model_path {one.folder}/best.pth writes one")
         runs.setdefault(one.label, []).append(one.content)
     print(over_seeds(runs))
 

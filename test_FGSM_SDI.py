@@ -93,18 +93,18 @@ def main(args: argparse.Namespace) -> dict:
     if isinstance(epsilon, str) or not 0 < epsilon <= 255:
         raise Misuse(f"the radius {epsilon}, of --epsilon or of {path}: must be a number of 255ths, above 0 and up to 255; give --epsilon")
     alpha = args.pgd_alpha or epsilon / 4
-    asked = {"dataset": name, "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n, "seed": args.seed}
+    asked = {"dataset": name, "arch": report["arch"], "epsilon": epsilon, "pgd_alpha": alpha, "norm": "Linf", "n": n, "seed": args.seed}
     evaluate.check_replaceable(out_dir / "evaluation.json", {"checkpoint": report, "metrics": columns, **asked})
     saved = out_dir / "autoattack.pth"
     settings = dict(eps=epsilon / 255, seed=args.seed)
-    settings["batch_size"] = args.batch_size or evaluate.batch_size_for(model, x, y, path=saved, **settings)
+    plain = [column for column in columns if column not in evaluate.AUTOATTACK_COLUMNS]
+    settings["batch_size"] = evaluate.batch_size_for(model, x, y, asked=args.batch_size, path=saved if len(plain) < len(columns) else None, **settings)
     if leads:
         out_dir.mkdir(parents=True, exist_ok=True)
         _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
 
     if leads:
         print(f"{path}: {report['arch']} on {n} test images of {name}, epsilon {epsilon:g}/255", flush=True)
-    plain = [column for column in columns if column not in evaluate.AUTOATTACK_COLUMNS]
     found: dict[str, torch.Tensor] = {}
     seconds = {"loading": time.perf_counter() - began}
     search = None
@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> dict:
     with evaluate.trustworthy():  # so that what is written is as it was while measuring
         provenance = record.provenance(device, "fp32", record.continued(source, attacked.get("source")))
     content = {
-        "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "arch": report["arch"], "checkpoint": report, **asked,
+        "model_path": str(path), **{key: said.get(key) for key in ("method", "epoch", "weights")}, "checkpoint": report, **asked,
         "test_order": "a fixed permutation of the files" if dataset.shuffled else "of the files",
         "batch_size": settings["batch_size"], "compiled": args.compile, "processes": distributed.world_size(),
         "metrics": {column: record.percent(standing) for column, standing in found.items()},

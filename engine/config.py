@@ -86,7 +86,7 @@ class Config:
     lr: float | None = by_dataset("learning rate, its peak where the schedule has one; cyclic: the papers' 0.2, or the method's own", at_least=0)
     lr_schedule: Literal["multistep", "cyclic", "onecycle", "constant"] | None = by_dataset("learning-rate schedule; cyclic and onecycle cycle the momentum too")
     milestones: str | None = flag(None, "epochs after which multistep divides the rate by 10, as 100,105; default: at 100/110 and 105/110 of the run, "
-                                  "imagenet at thirds of it, LAS-AT at parts of its own")
+                                  "imagenet at thirds of it, LAS-AT at fractions of its own")
     cyclic_top: float = flag(0.5, "fraction of the run at which the cyclic schedule peaks (GradAlign's own code: 0.4)")
     cycle_momentum: bool = flag(True, "let cyclic and onecycle cycle the momentum (the papers' scripts do)")
     weight_decay: float | None = by_dataset("weight decay of SGD, on all parameters", at_least=0)

@@ -206,7 +206,7 @@ def _identity(model: nn.Module, x: Tensor, y: Tensor, **settings: float) -> dict
     form = [(name, type(layer).__name__, sorted((key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str))))
             for name, layer in model.named_modules()]
     network = hashlib.sha256(repr((form, checkpoint.digest(model.state_dict()))).encode()).hexdigest()
-    return {"network": network, "images": checkpoint.digest({"x": x, "y": y}), "n": len(x), **settings}
+    return {"network": network, "n": len(x), **settings, "images": checkpoint.digest({"x": x, "y": y})}
 
 
 def _load_attacks(path: Path, identity: dict[str, Any], log: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
@@ -224,8 +224,9 @@ def _load_attacks(path: Path, identity: dict[str, Any], log: Callable[[str], Non
         if not differing:
             log(f"continuing from {path}: {', '.join(state['standing'])} done")
             return state
-        if before["network"] == identity["network"] and not (differing == ["images", "n"] and before["n"] < identity["n"]):
-            _refuse(path, {name: (before[name], identity[name]) for name in differing})
+        if before["network"] == identity["network"] and not (before["n"] < identity["n"] and {"eps", "seed"}.isdisjoint(differing)):
+            name = differing[0]
+            _refuse(path, "on other images" if name == "images" else f"with {name} {before[name]}, where this one has {identity[name]},")
         log(f"{path} belongs to another evaluation; starting anew")
     except (PermissionError, MemoryError, Misuse):
         raise
@@ -242,17 +243,15 @@ def check_replaceable(path: Path, content: dict[str, Any]) -> None:
     """
     before = record.read_json(path) if path.is_file() else {}
     if before.get("checkpoint", {}).get("sha256") == content["checkpoint"]["sha256"]:
-        differing = {name: (before.get(name), value) for name, value in content.items()
-                     if name not in ("checkpoint", "metrics") and before.get(name) != value and not (name == "n" and before["n"] < value)}
-        if not before["metrics"].keys() <= set(content["metrics"]):
-            differing["columns"] = (",".join(before["metrics"]), ",".join(content["metrics"]))
-        if differing:
-            _refuse(path, differing)
+        for name, value in content.items():
+            if name not in ("checkpoint", "metrics") and before.get(name) != value and not (name == "n" and before["n"] < value):
+                _refuse(path, f"with {name} {before.get(name)}, where this one has {value},")
+        if lost := before["metrics"].keys() - set(content["metrics"]):
+            _refuse(path, f"with the columns {', '.join(name for name in before['metrics'] if name in lost)}, for which this one does not ask,")
 
 
-def _refuse(path: Path, differing: dict[str, tuple[Any, Any]]) -> NoReturn:
-    name, (before, now) = next(iter(differing.items()))
-    raise Misuse(f"{path} is of the same network with {name} {before}, this evaluation has {now} and would replace it: give another --out-dir, or move it away")
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise Misuse(f"{path} holds an evaluation of the same network {what} and would be replaced: give another --out-dir, or move it away")
 
 
 def columns_named(text: str) -> tuple[str, ...]:
@@ -306,14 +305,17 @@ class CompiledSearch(nn.Module):
 LARGEST_BATCH = 1024  # so that an attack has several batches to report of
 
 
-def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, path: Path) -> int:
-    """How many images per batch, where nobody said: the same on every process. Arguments as for `auto_attack`.
+def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, path: Path | None, asked: int | None = None) -> int:
+    """How many images per batch: the same on every process. Arguments as for `auto_attack`.
 
-    As many as the evaluation had that goes on from `path`; otherwise 500 on the CPU, and on a GPU the power of two, up to
+    As many as were asked for, or as the evaluation had that goes on from `path`; otherwise 500 on the CPU, and on a GPU the power of two, up to
     `LARGEST_BATCH`, that half of its free memory holds.
+
+    Raises:
+        Misuse: as `auto_attack`, but before anything is measured.
     """
-    device, batch_size = next(model.parameters()).device, 500
-    if device.type == "cuda":
+    device, batch_size = next(model.parameters()).device, asked or 500
+    if device.type == "cuda" and asked is None:
         images, labels, before = to_images(x[:64].to(device)), y[:64].to(device), torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         with trustworthy(), eval_mode(model):
@@ -321,8 +323,10 @@ def batch_size_for(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: 
         each = (torch.cuda.max_memory_allocated(device) - before) / len(images)
         batch_size = power_of_two(torch.cuda.mem_get_info(device)[0] / 2 / each)
     chosen = torch.tensor(-distributed.maximum(-batch_size, torch.device("cpu")))
-    if path.is_file() and (before := _load_attacks(path, _identity(model, x, y, eps=eps, seed=seed))):  # which looks at every pixel
-        chosen.fill_(before["identity"]["batch_size"])
+    if path is not None and path.is_file():
+        identity = _identity(model, x, y, eps=eps, seed=seed, **({"batch_size": asked} if asked else {}))  # which looks at every pixel
+        if before := _load_attacks(path, identity):
+            chosen.fill_(before["identity"]["batch_size"])
     distributed.broadcast([chosen])
     return int(chosen)
 

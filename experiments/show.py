@@ -41,7 +41,7 @@ def table(runs: Runs, markdown: bool) -> str:
     first = next(iter(runs.values()))[0]["evaluations"]
     columns = list(next(iter(first.values()))["metrics"])
     counted = len({len(several) for several in runs.values()}) > 1
-    heading = ["Method", "Checkpoint", *(HEADINGS[c] for c in columns), "Training, s", *(["Seeds"] if counted else [])]
+    heading = ["Method", "Checkpoint", *(HEADINGS.get(c, c.upper()) for c in columns), "Training, s", *(["Seeds"] if counted else [])]
     rows = [[label, name, *(cell([run["evaluations"][name]["metrics"][c] for run in several]) + doubt(several, name) for c in columns),
              f"{statistics.mean(run['run']['seconds']['training'] for run in several):.0f}", *([str(len(several))] if counted else [])]
             for label, several in runs.items() for name in first]
@@ -55,10 +55,6 @@ def over_seeds(runs: Runs) -> str:
         Misuse: they were not evaluated alike.
     """
     every = [run for several in runs.values() for run in several]
-    for run in every:
-        if not run["evaluations"]:
-            folder = run["run"]["config"]["out_dir"]
-            raise Misuse(f"{folder} holds no evaluation: python test_FGSM_SDI.py --model_path {folder}/best.pth writes one")
     checkpoints = [name for name in ("best", "last") if all(name in run["evaluations"] for run in every)]
     if not checkpoints:
         raise Misuse("of some of these runs best.pth was evaluated, of others last.pth: evaluate the same one of all")
@@ -70,7 +66,8 @@ def over_seeds(runs: Runs) -> str:
     (dataset, n, epsilon, _), = found
     rows = {label: [run | {"evaluations": {name: run["evaluations"][name] for name in checkpoints}} for run in several] for label, several in runs.items()}
     return (f"{table(rows, markdown=False)}\n\nAccuracy in percent on {n} test images of {dataset} at epsilon {epsilon:g}/255; mean (lowest to highest) over seeds, "
-            f"the 95 % interval of a single one. {legend(rows)}").rstrip()
+            f"the 95 % interval of a single one. {legend(rows)}").rstrip() + (
+                f" {changed} of {len(every)} runs came from a tree that differed from its commit." if (changed := sum(map(dirty, every))) else "")
 
 
 def grid(heading: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = True, text: int = 2) -> str:

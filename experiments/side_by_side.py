@@ -15,7 +15,7 @@ from experiments.show import HEADINGS, commits, devices, dirty, doubt, grid
 from experiments.tables import Row, Scale, Table
 
 
-CHANGED = "came from a tree that differed from its commit; other --results and --output, given to run and to show, measure anew"
+CHANGED = "came from a tree that differed from its commit; another --output for run, and another --results for run and show, measure anew"
 
 
 @dataclass

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import engine
-from engine import config, data, device, distributed, images, nvjpeg, random_streams, stream
+from engine import config, data, device, images, nvjpeg, random_streams, stream
 from engine.errors import Failure, Misuse
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,7 +42,7 @@ def learn(run: engine.Run, x: Tensor, y: Tensor, **more: Any) -> None:
 
 
 def factors(cfg: Config, per_epoch: int) -> list[float]:
-    """The learning rate of every update as a part of the peak."""
+    """The learning rate of every update as a fraction of the peak."""
     schedule, total = cfg.schedule(), cfg.epochs * per_epoch
     return [schedule(step, total, per_epoch).lr for step in range(total)]
 
@@ -70,13 +70,13 @@ def test_milestones_are_the_beginnings_of_epochs(epochs, milestones, at, per_epo
 
 
 def test_any_milestone_of_any_run_falls_on_its_epoch(tmp_path):
-    """The schedule takes parts of the run: rounding must give the epoch back."""
+    """The schedule takes fractions of the run: rounding must give the epoch back."""
     for epochs in range(2, 201):
         rates = configuration(tmp_path, lr_schedule="multistep", epochs=epochs, milestones=f"1-{epochs - 1}").schedule()
         for per_epoch in (1, 7, 391):
             for epoch in (1, (epochs + 1) // 2, epochs - 1):
                 before, at = (rates(step, epochs * per_epoch, per_epoch).lr for step in (epoch * per_epoch - 1, epoch * per_epoch))
-                assert at == pytest.approx(before / 10), (epochs, per_epoch, epoch)
+                assert at == pytest.approx(before / 10, rel=1e-9, abs=0), (epochs, per_epoch, epoch)
 
 
 def test_milestones_reach_the_log_and_no_other_schedule(tmp_path):

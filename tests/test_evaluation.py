@@ -394,7 +394,7 @@ def test_apgd_is_the_first_attack_alone(pretended, model, tmp_path):
     assert torch.equal(first["apgd"], both["apgd"]) and both["aa"].sum() < both["apgd"].sum()
 
 
-@pytest.mark.parametrize("what", ["weights", "more images"])
+@pytest.mark.parametrize("what", ["weights", "more images", "more images in smaller batches"])
 def test_a_state_of_another_evaluation_is_not_used(what, pretended, model, tmp_path):
     path, lines = tmp_path / "a.pth", []
     attack(model, N, path)
@@ -402,18 +402,18 @@ def test_a_state_of_another_evaluation_is_not_used(what, pretended, model, tmp_p
     if what == "weights":
         with torch.no_grad():
             model.linear.bias[0] += 1e-6
-    attack(model, N + (what == "more images"), path, log=lines.append)
+    attack(model, N + what.startswith("more images"), path, log=lines.append, batch_size=BATCH - what.endswith("batches"))
     assert {name for name, *_ in pretended.calls} == set(attacks.AUTOATTACK) and any("another evaluation" in line for line in lines)
 
 
-@pytest.mark.parametrize("what, more", {"eps": dict(eps=EPS), "seed": dict(seed=1), "batch_size": dict(batch_size=8), "images": {}}.items())
+@pytest.mark.parametrize("what, more", {"eps": dict(eps=EPS), "seed": dict(seed=1), "batch_size": dict(batch_size=8), "n": {}}.items())
 def test_a_state_of_the_same_network_is_not_overwritten(what, more, pretended, model, tmp_path):
     """It may have taken hours; a look at fewer images, at another radius, must not cost it."""
     path = tmp_path / "a.pth"
     attack(model, N, path)
     before = path.read_bytes()
-    with pytest.raises(Misuse, match=f"a.pth is of the same network with {what} .*give another --out-dir"):
-        attack(model, N - (what == "images"), path, **more)
+    with pytest.raises(Misuse, match=f"a.pth holds an evaluation of the same network with {what} .*give another --out-dir"):
+        attack(model, N - (what == "n"), path, **more)
     assert path.read_bytes() == before
 
 
@@ -581,7 +581,7 @@ def test_an_evaluation_that_asks_less_does_not_replace_one_that_asked_more(digit
     assert evaluated("--attacks", "clean", "--n-ex", 20).status == 0
     assert evaluated("--attacks", "clean,fgsm", "--n-ex", 40).status == 0, "more of both"
     before = {file.name: file.read_bytes() for file in out_dir.iterdir()}
-    for flags, differing in ((("--attacks", "clean"), "columns clean,fgsm"), (("--attacks", "clean,fgsm", "--n-ex", 20), "n 40"),
+    for flags, differing in ((("--attacks", "clean"), "the columns fgsm, for which"), (("--attacks", "clean,fgsm", "--n-ex", 20), "n 40"),
                              (("--attacks", "clean,fgsm", "--epsilon", 4), "epsilon 38"), (("--attacks", "clean,fgsm", "--seed", 1), "seed 0")):
         result = evaluated(*flags)
         assert result.status == 2 and differing in result.err and "give another --out-dir" in result.err

@@ -181,8 +181,11 @@ def test_the_batch_size_is_that_of_the_evaluation_to_continue(model, tmp_path):
     autoattack(model, path)
     assert chosen() == BATCH
     for other in ({"eps": EPS / 2}, {"seed": 1}):
-        with pytest.raises(Misuse, match="is of the same network"):
+        with pytest.raises(Misuse, match="of the same network with"):
             chosen(**other)
+    with pytest.raises(Misuse, match=f"of the same network with batch_size {BATCH}, where this one has 7,"):
+        chosen(asked=7)
+    assert chosen(asked=BATCH) == BATCH and evaluate.batch_size_for(model, *images(), path=None, eps=EPS / 2, seed=1, asked=7) == 7
     checkpoint.save({"identity": "of before there was an entry"}, path)
     assert chosen() == 500
     path.write_bytes(b"nonsense")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,13 @@ def test_an_evaluation_of_other_weights_is_refused(tiny: Tiny) -> None:
     folder = tiny.train("train_fgsm_rs", "--epochs", 1)
     assert tiny.command("test_FGSM_SDI", "--model-path", folder / "best.pth", "--out-dir", folder / "mine", "--attacks", "clean", "--n-ex", 10, "--device", "cpu").status == 0
     assert of_folders([folder])[0].content["evaluations"].keys() == {"best", "last"}, "by the weights, whatever the folder is called; here they are the same"
+    flags = ("--model-path", folder / "best.pth", "--attacks", "clean,fgsm", "--n-ex", 20, "--device", "cpu")
+    assert tiny.command("test_FGSM_SDI", *flags, "--out-dir", folder / "another radius", "--epsilon", 4).status == 0
+    assert of_folders([folder])[0].content["evaluations"]["best"]["n"] == 10, "of several, that at the radius of the training"
+    assert tiny.command("test_FGSM_SDI", *flags, "--out-dir", folder / "more").status == 0
+    assert of_folders([folder])[0].content["evaluations"]["best"]["n"] == 20, "then that of more images"
+    for name in ("another radius", "more"):
+        shutil.rmtree(folder / name)
     tiny.train("train_fgsm_rs", "--epochs", 1, "--seed", 1, out_dir=folder.with_name("other"))
     for name in ("result.json", "best.pth", "last.pth"):
         (folder.with_name("other") / name).replace(folder / name)

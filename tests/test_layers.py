@@ -94,8 +94,8 @@ for module in sys.argv[1:]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    os.waitpid(child, 0)
-    if os.fstat(1).st_size > before:
+    _, status = os.waitpid(child, 0)
+    if status or os.fstat(1).st_size > before:
         os.write(1, f"^ of {module}\\n".encode())
 """
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ TINY = dict(dataset="digits", train_size=20, val_size=4, batch_size=8, epochs=2,
             lr_schedule="constant", lr=0.1)  # the digits' own schedule begins with a rate of zero, at which everything is equal
 
 
-LOAD = functools.cache(data.load)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @dataclass
@@ -65,11 +64,6 @@ def parted(a: Trained, b: Trained, what: str = "weights", rounding: bool = False
 def same(a: Trained, b: Trained) -> bool:
     """Bit for bit, with BatchNorm's averages."""
     return parted(a, b) is None and parted(a, b, "averages") is None
-
-
-@pytest.fixture(autouse=True)
-def quick(float64, monkeypatch):
-    monkeypatch.setattr(data, "load", LOAD)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def commands() -> list[str]:
     """Lines of the README's shell blocks, and inline code that starts with a program."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    assert not [line for line in lines if "#" in line], "a comment without a blank before it is part of the command"
     return lines + re.findall(r"`((?:make|python|torchrun|pip) [^`]+)`", README)
 
 

@@ -132,8 +132,9 @@ def of_folders(folders: Sequence[Path]) -> list[Trained]:
             names = [name for name, trained in run["checkpoints"].items() if trained.get("sha256") == evaluation["checkpoint"].get("sha256")]
             if not names:
                 raise Misuse(f"{folder}: {path.parent.name}/evaluation.json is of other weights than the run has: evaluate them again, or delete it")
-            for name in names:  # of several, the one of most images and columns
-                evaluations[name] = max(evaluations.get(name, evaluation), evaluation, key=lambda each: (each["n"], len(each["metrics"])))
+            for name in names:  # of several, the one at the training's radius, of most images and columns
+                evaluations[name] = max(evaluations.get(name, evaluation), evaluation,
+                                        key=lambda each: (each["epsilon"] == run["config"]["epsilon"], each["n"], len(each["metrics"])))
         found.append(Trained(run["method"].upper(), folder, {"run": run, "log": log, "evaluations": evaluations}))
     return told_apart(found)
 
