@@ -102,9 +102,8 @@ def main(args: argparse.Namespace) -> dict:
     if leads:
         out_dir.mkdir(parents=True, exist_ok=True)
         _lock = checkpoint.lock(out_dir)  # held until this returns: two evaluations would write the same files
-
-    if leads:
         print(f"{path}: {report['arch']} on {n} test images of {name}, epsilon {epsilon:g}/255", flush=True)
+
     found: dict[str, torch.Tensor] = {}
     seconds = {"loading": time.perf_counter() - began}
     search = None
